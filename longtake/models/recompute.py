@@ -131,7 +131,7 @@ class _Account(TorchDispatchMode):
 
 
 class _NoCopies(AbstractContextManager):
-    """Inside, autocast does not remember casts of weights: what is saved is counted, and must be the same both times."""
+    """Inside, autocast does not remember casts of weights: a forward and its recomputation must save as much."""
 
     def __init__(self) -> None:
         self._before: list[bool] = []

@@ -73,11 +73,14 @@ def network(updates: bool, dtype: torch.dtype | None, fuses: bool) -> VideoDiT:
 def learnt(
     model: VideoDiT, sample: int, dtype: torch.dtype | None, around: AbstractContextManager = nullcontext()
 ) -> tuple[Gradients, Counter[str]]:
-    """Gradients of one sample by name, and the operators of backward."""
+    """Gradients of one sample by name, and the operators of backward; of the second forward inside `around`."""
     device = next(model.parameters()).device
     condition, x = make_tiny_condition(model).to(device), make_tiny_latents(5, seed=sample).to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False), around:
-        loss = model(x, torch.tensor([0.9, 0.3], device=device), condition).square().mean()
+        sigma = torch.tensor([0.9, 0.3], device=device)
+        with torch.no_grad():
+            model(x, sigma, condition)
+        loss = model(x, sigma, condition).square().mean()
     model.zero_grad()
     with Operators() as counted:
         loss.backward()
@@ -97,14 +100,18 @@ def of_all(model: VideoDiT, mesh: Mesh, dtype: torch.dtype | None) -> Gradients:
     return {name: torch.stack([one[name] for one in each]).mean(0) for name in each[0]}
 
 
+def units(model: VideoDiT) -> int:
+    """What is gathered at once; several modules may be one."""
+    return len({id(module._get_fsdp_state()) for module in model.modules() if isinstance(module, FSDPModule)})
+
+
 def beside_whole(mesh: Mesh, updates: bool, dtype: torch.dtype | None, fuses: bool, once: bool) -> dict[str, Any]:
     """How far the gradient of sharded weights is from that of whole ones, and what both ran in backward."""
     whole, sharded = network(updates, dtype, fuses), network(updates, dtype, fuses)
     truth, (_, ran) = of_all(whole, mesh, dtype), learnt(whole, mesh.rank, dtype)
     sharded = parallelize(sharded, mesh, param_dtype=dtype)
     found, counted = learnt(sharded, mesh.rank, dtype, gathered(sharded) if once else nullcontext())
-    units = {id(module._get_fsdp_state()) for module in sharded.modules() if isinstance(module, FSDPModule)}
-    return {"apart": apart(found, truth), "units": len(units), "sharded": counted, "whole": ran}
+    return {"apart": apart(found, truth), "units": units(sharded), "sharded": counted, "whole": ran}
 
 
 class Room(Held):
@@ -141,30 +148,34 @@ def decided(mesh: Mesh) -> dict[str, Any]:
 
 
 def as_trained(mesh: Mesh) -> dict[str, Any]:
-    """A network that is wide enough for a GPU to fuse, sharded beside whole, as `train/networks.py` makes them."""
-    dtype, found = torch.bfloat16, {}
-    for name, ranks in (("whole", Mesh(device=mesh.device)), ("sharded", mesh)):
-        model = make_tiny_model(True, num_layers=4, dim=1024, ffn_dim=4096, num_heads=8, freq_dim=64).to(mesh.device)
-        model = model.executed(quick(model, mesh.device, dtype, None, sharded=name == "sharded", compiled=False))
+    """A network that is wide enough for a GPU to fuse, sharded and whole, made as `train/networks.py` makes them."""
+    dtype, device, found, gradients = torch.bfloat16, mesh.device, {}, {}
+    for name, ranks in (("sharded", mesh), ("whole", Mesh(device=device))):  # the first one compiles
+        model = make_tiny_model(True, num_layers=4, dim=1024, ffn_dim=4096, num_heads=8, freq_dim=64).to(device)
+        model = model.executed(quick(model, device, dtype, None, sharded=name == "sharded", compiled=False))
 
         def can(model: VideoDiT) -> bool:
-            return all(mesh.every(lambda: keeps_some(model.execution, mesh.device, dtype, model.config.head_width)))
+            return all(mesh.every(lambda: keeps_some(model.execution, device, dtype, model.config.head_width)))
 
         by_block = recomputed(model, "auto", can, compiled=False)
         assert isinstance(by_block, ByBlock)
-        begun, first = compilations().graphs, list(by_block.ways)
+        first, begun = list(by_block.ways), compilations()
         model = parallelize(model, ranks, param_dtype=dtype, recompute=by_block)
-        watched = [Watched("critic", model.blocks, by_block)]
-        keeper = Keeper(watched, ranks, ["critic"], lambda step: ["critic"], 1, Memory(mesh.device))
-        before = of_all(model, mesh, dtype) if name == "whole" else learnt(model, mesh.rank, dtype)[0]
+        watched = Watched("critic", model.blocks, by_block)
+        keeper = Keeper([watched], ranks, ["critic"], lambda step: ["critic"], 1, Memory(device))
+        mine, ran = learnt(model, mesh.rank, dtype)
         keeper.passed(0)
-        after, _ = learnt(model, mesh.rank, dtype)
-        found[name] = {"first": first, "ways": list(by_block.ways), "compiled": compilations().graphs - begun}
-        found[name] |= {"fuses": model.execution.fuses, "gradients": before}
-        if name == "sharded":
-            found["again"] = apart(after, before)
-    found["apart"] = apart(found["sharded"].pop("gradients"), found["whole"].pop("gradients"))
-    return found
+        found[name] = {
+            "fuses": model.execution.fuses,
+            "compiled": compilations().since(begun).graphs,
+            "first": first,
+            "decided": list(by_block.ways),
+            "gathers": ran["gathers"],
+            "units": units(model),
+            "before and after": apart(learnt(model, mesh.rank, dtype)[0], mine),
+        }
+        gradients[name] = of_all(model, mesh, dtype) if name == "whole" else mine
+    return found | {"apart": apart(gradients["sharded"], gradients["whole"])}
 
 
 def main(folder: Path, device: str, run: Callable[[Mesh], dict[str, Any]]) -> None:

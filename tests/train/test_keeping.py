@@ -20,7 +20,6 @@ from longtake.parallel.mesh import Mesh
 from longtake.train import job, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan
 
-
 KEPT: dict[Again, int] = {True: 10, "selective": 30, "products": 60, False: 100}
 
 
