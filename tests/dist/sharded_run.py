@@ -54,6 +54,11 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.seen: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Functions are compiled under it."""
+        return True
+
     def __torch_dispatch__(self, operator: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
         name = str(operator)
         self.seen["gathers"] += "allgather" in name
