@@ -34,6 +34,7 @@ from longtake.models.context import (
 from longtake.models.execution import WHOLE_NETWORK, Execution
 from longtake.models.fp8 import FP8Linear, Rows
 from longtake.models.layers import (
+    MLP,
     Head,
     ImageEmbedding,
     RMSNorm,
@@ -42,7 +43,6 @@ from longtake.models.layers import (
     gated_then_modulated,
     into,
     linear_fp32,
-    mlp,
     read_clock,
     rope_turn,
     sinusoid,
@@ -135,9 +135,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
         self.norm3 = nn.LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, config.eps, image=config.image_dim is not None)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
+        self.ffn = MLP(dim, config.ffn_dim)
 
     def forward(
         self,
@@ -169,7 +167,7 @@ class Block(nn.Module):
         cross = cross_context.parts(self.cross_attn, layer, entries)
         h = self.cross_attn(h.flatten(1, 2), cross, tokens, execution).unflatten(1, (entries, tokens))
         x, h = added_then_modulated(x, h, s2, c2, self.eps, within, execution)
-        left = Ungated(x, mlp(self.ffn, h, execution), g2)
+        left = Ungated(x, self.ffn(h, execution), g2)
         return left if leaves_gate else execution.fused(gated)(*left)
 
 

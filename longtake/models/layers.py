@@ -171,39 +171,46 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
     return layer(execution.fused(quantised)(x) if isinstance(layer, FP8Linear) else x)
 
 
-def mlp(layers: nn.Sequential, x: Tensor | Rows, execution: Execution) -> Tensor:
-    """`layers`, a linear one, GELU and another one; where `execution` fuses, GELU is part of the first product where no
-    gradient is wanted, of one operator where one is, or of quantising the first product's result.
+class MLP(nn.Sequential):
+    """A linear layer, GELU and another one. Called as one module, whatever computes it: sharded weights are gathered
+    and given back around the call.
     """
-    first, second = layers[0], layers[2]
-    if isinstance(x, Rows):
-        hidden = first(x)
-        once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
-        return second((once or execution.fused(gelu_quantised))(hidden))
-    if type(first) is not nn.Linear and not torch.is_grad_enabled():
-        return _by_frames(layers, x)
-    alone = execution.fuses and execution.on_a_gpu(x) and x.dtype == torch.bfloat16
-    if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
-        return layers(x)
-    weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
-    if torch.is_grad_enabled():
-        if type(second) is not nn.Linear:
-            return layers(x)
-        last, last_bias = second.weight.to(x.dtype), second.bias.to(x.dtype)
-        return mlp_with_gradient(x.flatten(0, -2), weight, bias, last, last_bias).unflatten(0, x.shape[:-1])
-    # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
-    hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return second(hidden.unflatten(0, x.shape[:-1]))
 
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__(nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, dim))
 
-def _by_frames(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """`layers` with low-rank updates, of some frames of `x` [B, E, l, D] at a time. Such a layer holds its result, the
-    update and their sum at once, each wider than all else: of a whole clip, most of what its scores take.
-    """
-    frames = max(1, _TOKENS_AT_ONCE // (x.shape[0] * x.shape[2]))
-    if x.shape[1] <= frames:
-        return layers(x)
-    return torch.cat([layers(part) for part in x.split(frames, 1)], 1)
+    def forward(self, x: Tensor | Rows, execution: Execution) -> Tensor:  # type: ignore[override]
+        """Where `execution` fuses, GELU is part of the first product where no gradient is wanted, of one operator where
+        one is, or of quantising the first product's result.
+        """
+        first, second = self[0], self[2]
+        if isinstance(x, Rows):
+            hidden = first(x)
+            once = gelu_quantised_once(hidden.device) if execution.fuses and hidden.is_cuda and has_triton() else None
+            return second((once or execution.fused(gelu_quantised))(hidden))
+        if type(first) is not nn.Linear and not torch.is_grad_enabled():
+            return self._by_frames(x)
+        alone = execution.fuses and execution.on_a_gpu(x) and x.dtype == torch.bfloat16
+        if not (alone and type(first) is nn.Linear):  # not one with low-rank updates
+            return super().forward(x)
+        weight, bias = first.weight.to(x.dtype), first.bias.to(x.dtype)  # as autocast would round them
+        if torch.is_grad_enabled():
+            if type(second) is not nn.Linear:
+                return super().forward(x)
+            last, last_bias = second.weight.to(x.dtype), second.bias.to(x.dtype)
+            return mlp_with_gradient(x.flatten(0, -2), weight, bias, last, last_bias).unflatten(0, x.shape[:-1])
+        # cuBLAS has GELU (tanh) behind its product, before it rounds; for other types torch would start two kernels.
+        hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return second(hidden.unflatten(0, x.shape[:-1]))
+
+    def _by_frames(self, x: Tensor) -> Tensor:
+        """With low-rank updates, of some frames of `x` [B, E, l, D] at a time. Such a layer holds its result, the
+        update and their sum at once, each wider than all else: of a whole clip, most of what its scores take.
+        """
+        frames = max(1, _TOKENS_AT_ONCE // (x.shape[0] * x.shape[2]))
+        if x.shape[1] <= frames:
+            return super().forward(x)
+        return torch.cat([super(MLP, self).forward(part) for part in x.split(frames, 1)], 1)
 
 
 class ImageEmbedding(nn.Module):

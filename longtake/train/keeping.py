@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from longtake.errors import is_out_of_memory
 from longtake.models.execution import Execution
-from longtake.models.layers import mlp, rms_norm
+from longtake.models.layers import MLP, rms_norm
 from longtake.models.recompute import Again, ByBlock, made_again
 from longtake.models.trial import beside, is_right
 from longtake.parallel.mesh import Mesh
@@ -91,7 +91,7 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
     x, weight = random(1, 256, width), torch.ones(width, device=device, requires_grad=True)
     matrix = torch.eye(width, device=device, dtype=dtype)
     with torch.device("meta"):  # which draws nothing
-        layers = nn.Sequential(nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        layers = MLP(width, width)
     values = {name: random(*one.shape, over=one.shape[0] ** 0.5) for name, one in layers.named_parameters()}
     layers.load_state_dict(values, assign=True)
 
@@ -100,18 +100,22 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
         return execution.attend(q, q.sin(), q.cos()).flatten(2)
 
     def within(x: Tensor, *_: Tensor) -> Tensor:
-        return mlp(layers, x.sin(), execution)
+        return layers(x.sin(), execution)
 
     works: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
         "attention": (attends, (x, weight)),
         "the MLP": (within, (x, *layers.parameters())),
     }
-    return all(is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items())
+    return all(
+        is_right(f"keeping some results of {what}", device, partial(_off, *how, alone=execution.fused_shards))
+        for what, how in works.items()
+    )
 
 
-def _off(work: Callable[..., Tensor], given: Sequence[Tensor]) -> list[float]:
-    """How far gradients are from what they are otherwise where `work` keeps products alone."""
-    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in (made_again(work), work))
+def _off(work: Callable[..., Tensor], given: Sequence[Tensor], *, alone: bool) -> list[float]:
+    """How far gradients are from what they are otherwise where `work` keeps products alone. Args: as `made_again`."""
+    runs = made_again(work, alone=alone), work
+    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in runs)
     return [beside(one, other) for one, other in zip(found, truth, strict=True)]
 
 

@@ -14,7 +14,7 @@ from longtake.doctor import estimate
 from longtake.doctor.estimate import DEPTH, Meter, stage_need
 from longtake.models.apart import by_flash4
 from longtake.models.dit import VideoDiT
-from longtake.models.layers import mlp
+from longtake.models.layers import MLP
 from longtake.models.sizes import DiTConfig
 from longtake.train.optim import NetworkOptimizer
 from longtake.weights.presets import PRESETS
@@ -206,6 +206,21 @@ def test_random_weights_of_two_ranks_are_shared_out(workshop, tmp_path):
     assert one.checkpoint == two.checkpoint and two.peak < one.peak
 
 
+@pytest.mark.parametrize("ranks, on", [(1, True), (2, False), (2, True)])
+def test_sharded_networks_are_fused_and_keep_some_results_where_that_is_asked_for(ranks, on):
+    """In training as in what is traced of it."""
+    config = full_size(batch_size=2, activation_checkpointing="auto", parallel={"fused_shards": on})
+    sizes = roles(replace(SMALL, dim=1024, num_heads=8, num_layers=4))
+    with estimate.ranks(config.parallel, ranks) as mesh:
+        built = estimate._Hollow(config, mesh, sizes=sizes, meter=Meter()).build()
+    for model in (*built.trained.values(), *built.frozen.values()):
+        assert model.execution.fuses == (ranks == 1 or on)
+        assert model.execution.fused_shards == (ranks == 2 and on)  # which whole weights know nothing of
+    for model in built.trained.values():
+        some = [False, "products", True, "selective"]
+        assert model.execution.recompute.ways == (some if model.execution.fuses else [False, True, True, True])
+
+
 def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, tiny_latents):
     found = []
     for fuses in (False, True):
@@ -219,13 +234,12 @@ def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, ti
 def test_the_mlp_keeps_its_first_product_alone():
     meter, rows, wide = Meter(), 50, 72
     with torch.device("meta"):
-        layers = torch.nn.Sequential(torch.nn.Linear(24, wide), torch.nn.GELU("tanh"), torch.nn.Linear(wide, 24))
-        layers.bfloat16()
+        layers = MLP(24, wide).bfloat16()
     with meter.fake, meter:
         layers.to_empty(device="cpu")
         x = torch.empty(rows, 24, dtype=torch.bfloat16)
         before = meter.now
-        made = mlp(layers, x, estimate.Fused(fuses=True))
+        made = layers(x, estimate.Fused(fuses=True))
         assert meter.now - before == 2 * rows * (wide + 24)
         meter.mark()
         made.sum().backward()

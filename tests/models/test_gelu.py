@@ -6,24 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.models import gelu
 from longtake.models.execution import Execution
 from longtake.models.gelu import mlp_with_gradient
-from longtake.models.layers import mlp
+from longtake.models.layers import MLP
 from longtake.models.recompute import keep_attention, keep_products
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Tensor]:
+def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[MLP, Tensor]:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(24, 72), nn.GELU(approximate="tanh"), nn.Linear(72, 24)).to(device)
+    layers = MLP(24, 72).to(device)
     return layers, (2 * torch.randn(50, 24)).to(device, dtype).requires_grad_()
 
 
-def weights(layers: nn.Sequential) -> list[Any]:
+def weights(layers: MLP) -> list[Any]:
     return [layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias]
 
 
@@ -37,7 +37,7 @@ def test_results_and_gradients_are_those_of_the_layers(frozen, rel):
     given = weights(layers)
     for number in frozen:
         given[number].requires_grad_(False)
-    truth, made = layers(x), mlp_with_gradient(x, *given)
+    truth, made = layers(x, Execution()), mlp_with_gradient(x, *given)
     assert rel(made, truth) < 1e-6
     for own, wanted in zip(gradients(made, [x, *given]), gradients(truth, [x, *given]), strict=True):
         assert rel(own, wanted) < 1e-5
@@ -79,7 +79,7 @@ class TestCuda:
         found = []
         for one in (Execution(), Execution(fuses=True)):
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                made = mlp(layers, x.bfloat16(), one)
+                made = layers(x.bfloat16(), one)
             found.append([made, *gradients(made.float(), [x, *weights(layers)])])
         assert all(rel(own, wanted) < 2e-2 for wanted, own in zip(*found, strict=True))
 
