@@ -14,6 +14,10 @@ next:
 - of a stream: one GPU; the same with another GPU that decodes; and each pass by all GPUs together. The frames of the
   first block tell whether they make the same video.
 
+One GPU alone shows what sharding costs but for the transfer, its weights in one shard beside whole ones:
+
+    torchrun --nproc-per-node 1 -m benchmarks.side_by_side wan/i2v_1_3b/distill validate_every=0 --ways one,sharded
+
 Weights are random where there are none. `--ways` takes some, by their beginnings. `--json FILE` is written anew after
 each way; one that fails is recorded and the others run, and the exit code is then 1.
 """
@@ -54,11 +58,12 @@ from longtake.rollout.cuda_graphs import CUDAGraphRunner, forget_all
 from longtake.rollout.denoise import Denoiser
 
 ALONE = "one GPU"
+WHOLE = ["parallel.data_parallel=ddp", "parallel.fused_shards=false"]
 # What is changed in the configuration, for N ranks and batches of B
 TRAININGS = {
     ALONE: ["batch_size=B"],
-    "a sample each": ["batch_size=NB", "parallel.data_parallel=ddp"],
-    "together, one sample": ["batch_size=B", "parallel.data_parallel=ddp", "parallel.sequence=N"],
+    "a sample each": ["batch_size=NB", *WHOLE],
+    "together, one sample": ["batch_size=B", *WHOLE, "parallel.sequence=N"],
     "sharded, a sample each": ["batch_size=NB", "parallel.data_parallel=fsdp"],
 }
 STREAMS = (ALONE, "decoding beside", "together")
@@ -115,7 +120,9 @@ def changed(args: argparse.Namespace, way: str, ranks: int) -> list[str]:
 def train(args: argparse.Namespace, mesh: Mesh, record: Record) -> None:
     """Each way of a training, and what the doctor said of it."""
     ways = chosen(args, list(TRAININGS))
-    doctors = {way: doctor(args, way, mesh.world_size) for way in ways} if mesh.is_main else {}
+    # Of one shard it would say what it says of whole weights.
+    asked = [way for way in ways if mesh.is_main and (way == ALONE or mesh.world_size > 1)]
+    doctors = {way: doctor(args, way, mesh.world_size) for way in asked}
     try:
         for way in ways:
             overrides = changed(args, way, mesh.world_size)
@@ -251,9 +258,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measures on the ranks of torchrun; the exit code."""
     args = parse(arguments)
-    with init_mesh(args.device) as mesh:
+    with init_mesh(args.device, one_too=True) as mesh:
         if not mesh.is_distributed:
-            print("one process has nothing beside it; start it with torchrun --nproc-per-node 2 -m ...")
+            print(
+                "one process has nothing beside it; start it with torchrun --nproc-per-node 2 -m ... (or 1: its help)"
+            )
             return 1
         record = Record(mesh, args.json)
         (stream if args.config is None else train)(args, mesh, record)

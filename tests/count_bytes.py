@@ -1,12 +1,18 @@
-"""Counts bytes that operations other than products read and write, as a device without fusion would move them."""
+"""Counts bytes: those that operations other than products read and write, as a device without fusion would move them, and
+those of the tensors that there are.
+"""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from longtake.parallel.materialize import local
+from longtake.train.keeping import Memory
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
@@ -35,3 +41,40 @@ class ByteCounter(TorchDispatchMode):
         self.bytes += moved
         self.by_name[name] = self.by_name.get(name, 0) + moved
         return out
+
+
+class Held(TorchDispatchMode, Memory):
+    """Bytes of the storages made while it is on, as those of a GPU of `total` bytes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.total = self.held = self.highest = 0
+        self.known = {
+            local(p).untyped_storage()._cdata for p in model.parameters()
+        }  # made before; their views are no others
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes()).atexit = False
+        self.highest = max(self.highest, self.held)
+        return out
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+    def begin(self) -> None:
+        self.highest = 0
+
+    def now(self) -> int:
+        return self.held
+
+    def most(self) -> int:
+        return self.highest
+
+    def all(self) -> int:
+        return self.total

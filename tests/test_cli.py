@@ -169,6 +169,7 @@ def test_e_yaml_switch_survives_cli_defaults(tmp_path, called):
         "objective.teacher_precision",
         "model.widen",
         "objective.context_writer",  # not with context: last_step
+        "parallel.fused_shards",  # not with compile
         *(f"objective.{key}" for key in ("num_chunks", "new_frames", "switch_frames")),
         *(f"objective.context_scores.{key}" for key in ("history_frames", "sigma")),
     }

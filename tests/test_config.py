@@ -277,6 +277,24 @@ def test_a_student_is_gathered_once_unless_operators_are_counted(tmp_path):
     """Selective recomputation after a gathered roll-out: torch met operators of FSDP that the forward had not."""
     assert stage(tmp_path, base=DISTILL).gathers_once
     assert not stage(tmp_path, "activation_checkpointing=selective", base=DISTILL).gathers_once
+    alone = ("activation_checkpointing=selective", "parallel.fused_shards=true")
+    assert stage(tmp_path, *alone, base=DISTILL).gathers_once  # of which only those that are kept are counted
+
+
+@pytest.mark.parametrize(
+    "other, told",
+    [
+        (
+            "data_parallel=ddp",
+            "fused_shards=true has no effect with data_parallel=ddp, where weights are whole; remove",
+        ),
+        ("compile=true", "fused_shards=true compiles functions of blocks, and compile=true whole blocks; set one of"),
+    ],
+)
+def test_fused_shards_go_with_shards_whose_blocks_are_not_compiled(tmp_path, other, told):
+    assert not stage(tmp_path, f"parallel.{other}").parallel.fused_shards
+    with pytest.raises(ConfigError, match=told):
+        stage(tmp_path, f"parallel.{other}", "parallel.fused_shards=true")
 
 
 def test_the_anchor_needs_clips_of_the_videos_length(tmp_path):

@@ -170,9 +170,22 @@ class ParallelConfig(Settings):
         "small networks (narrower than 1024) every call, with its backward",
     )
     compile: bool = Field(default=False, description="compile the blocks with torch.compile; the first steps are slow")
+    fused_shards: bool = Field(
+        default=False,
+        description="sharded weights with fused functions and activation_checkpointing=auto as whole ones have them: "
+        "right on CPU ranks, not measured on GPUs yet; on one rank, where weights are whole, it changes nothing",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.fused_shards and self.data_parallel == "ddp":
+            raise ValueError(
+                "fused_shards=true has no effect with data_parallel=ddp, where weights are whole; remove it"
+            )
+        if self.fused_shards and self.compile:
+            raise ValueError(
+                "fused_shards=true compiles functions of blocks, and compile=true whole blocks; set one of them back"
+            )
         if (self.data_parallel == "hsdp") != (self.replicate > 1):
             one, more = "set data_parallel=hsdp", "leave replicate at 1"
             fix = f"{one}, or {more}" if self.replicate > 1 else "set replicate to 2 or more, or data_parallel=fsdp"

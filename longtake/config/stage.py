@@ -197,9 +197,9 @@ class StageConfig(RunConfig):
     @property
     def gathers_once(self) -> bool:
         """Whether a sharded student is gathered once for a whole roll-out. Not under selective recomputation, which
-        counts operators: a forward and its recomputation must gather alike.
+        counts operators: a forward and its recomputation must gather alike, but with `parallel.fused_shards`.
         """
-        return self.activation_checkpointing != "selective"
+        return self.activation_checkpointing != "selective" or self.parallel.fused_shards
 
     def batches_exit_backward(self, *, whole: bool, sequence: int) -> bool:
         """Whether the exit steps of a roll-out are recomputed and differentiated together, where each rank holds

@@ -49,6 +49,7 @@ class _KeepsInputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[1:]
         each = zip(ctx.saved_tensors, ctx.others, wanted, strict=True)
+        ctx.others = None  # as what is saved is given up: a cache would last as long as the graph
         given = [x.detach().requires_grad_() if on else other for x, other, on in each]
         with torch.enable_grad():
             made = ctx.function(*given)

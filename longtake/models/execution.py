@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -68,7 +68,8 @@ class Execution:
     element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets, and
     `by_rows`, whether norms that are learnt through are kernels of ours instead (`norms.py`); `joins`, what joins the
     parts of masks whose keys lie apart, None where they do not (`apart.py`); `calls`, what makes the network's calls,
-    None where Python does.
+    None where Python does; `fused_shards`, whether weights are sharded and yet computed as whole ones: what is kept of a
+    forward is then in an account that gathering does not change (`recompute.py`).
     """
 
     split: SequenceParallel | None = None
@@ -80,6 +81,7 @@ class Execution:
     by_rows: bool = False
     joins: Callable[[FrameMask], FrameMask] | None = None
     calls: Calls | None = None
+    fused_shards: bool = False
 
     def fused(self, function: F) -> F:
         """`function` of tensors, compiled where this execution fuses: what runs is one text of the mathematics."""
@@ -128,7 +130,7 @@ class Execution:
         """One context around a block's forward and one around its recomputation, of as much as `again` of that block
         says; made before the forward.
         """
-        makers = [KEEPERS[again]] if isinstance(again, str) else []
+        makers = [partial(KEEPERS[again], alone=self.fused_shards)] if isinstance(again, str) else []
         return together(makers if self.updates is None else [*makers, self.updates.contexts])
 
     def runs(self) -> list[Run] | None:

@@ -175,7 +175,9 @@ def into(layer: nn.Module, x: Tensor, execution: Execution) -> Tensor:
 
 
 class MLP(nn.Sequential):
-    """A linear layer, GELU and another one. `forward` computes them as an execution says."""
+    """A linear layer, GELU and another one. Called as one module, whatever computes it: sharded weights are gathered
+    and given back around the call.
+    """
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__(nn.Linear(dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, dim))

@@ -6,6 +6,7 @@ Must know no model and no memory; `Execution` chooses contexts, and `VideoDiT` e
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
@@ -76,34 +79,74 @@ def kept_as(dtype: torch.dtype, tokens: Tensor) -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept[0].to(kept[1]))
 
 
-def keep_attention() -> Contexts:
+def keep_attention(*, alone: bool = False) -> Contexts:
     """Contexts under which the results of self-attention are kept from forward, and all else is recomputed.
 
     An attention kernel costs the most to run again and its result, [B, L, N, K], little to keep. Its inputs are
-    recomputed, so what a cache lent to the forward must stay there until backward. Source: torch.utils.checkpoint,
-    `create_selective_checkpoint_contexts`.
+    recomputed, so what a cache lent to the forward must stay there until backward.
+
+    Args: `alone`, whether the account is of the kept operators alone (`_Account`); else it is torch's, of all
+    (torch.utils.checkpoint, `create_selective_checkpoint_contexts`).
     """
-    return _keeping(_policy)
+    return _keeping(_policy, alone)
 
 
-def keep_products() -> Contexts:
+def keep_products(*, alone: bool = False) -> Contexts:
     """As `keep_attention`, with the results of matrix products too: what lies between them is recomputed."""
-    return _keeping(_policy_of_products)
+    return _keeping(_policy_of_products, alone)
 
 
-def made_again(work: Callable[..., Any]) -> Callable[..., Any]:
+def made_again(work: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
     """`work` as part of a block that keeps products: for trials, since what is right once may not be when backward
-    makes it again.
+    makes it again. Args: `alone`, as `keep_attention`.
     """
-    return partial(checkpoint, work, use_reentrant=False, context_fn=keep_products, preserve_rng_state=False)
+    keep = partial(keep_products, alone=alone)
+    return partial(checkpoint, work, use_reentrant=False, context_fn=keep, preserve_rng_state=False)
 
 
-def _keeping(policy: Callable[..., CheckpointPolicy]) -> Contexts:
-    forward, again = create_selective_checkpoint_contexts(policy)
+def _keeping(policy: Callable[..., CheckpointPolicy], alone: bool) -> Contexts:
+    forward, again = _accounts(policy) if alone else create_selective_checkpoint_contexts(policy)
     return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
 
 
 KEEPERS = {"selective": keep_attention, "products": keep_products}
+
+
+def _accounts(policy: Callable[..., CheckpointPolicy]) -> Contexts:
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Account(policy, kept), _Account(policy, kept, again=True)
+
+
+class _Account(TorchDispatchMode):
+    """Keeps the results of some operators of a forward in `kept`, in their order, and gives them to its recomputation.
+
+    torch's own counts all operators, and refuses those that the forward had not. Sharded weights may be gathered in one
+    of both alone: a roll-out gathers them once for many forwards.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, policy: Callable[..., CheckpointPolicy], kept: dict[Any, deque[Any]], *, again: bool = False
+    ) -> None:
+        super().__init__()
+        self.policy, self.kept, self.again = policy, kept, again
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Functions are compiled under it, as if it was not there."""
+        return True
+
+    def __torch_dispatch__(self, operator: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        if self.policy(None, operator, *inputs, **options) is not CheckpointPolicy.MUST_SAVE:
+            return operator(*inputs, **options)
+        if self.again:
+            return self.kept[operator].popleft()
+        made = operator(*inputs, **options)
+        # Detached: the tensors themselves will know the graph, which holds this account.
+        self.kept[operator].append(tree_map_only(Tensor, Tensor.detach, made))
+        return made
 
 
 class _NoCopies(AbstractContextManager):

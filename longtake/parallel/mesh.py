@@ -185,11 +185,12 @@ def let_segments_grow() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Mesh:
+def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0, one_too: bool = False) -> Mesh:
     """The mesh of this process, from torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them.
 
     Args: `device` "cpu" or "cuda" (default: CUDA where present), for one process also "cuda:1"; a collective fails
-    after `timeout_minutes`.
+    after `timeout_minutes`; `one_too`, whether torchrun's only rank is a group as well, over which weights are sharded:
+    it measures what sharding costs but for the transfer.
     Raises: ConfigError when CUDA is asked for and missing, or has fewer devices than local ranks.
     """
     rank, world_size, local_rank = launched()
@@ -210,7 +211,7 @@ def init_mesh(device: str | None = None, *, timeout_minutes: float = 30.0) -> Me
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index or 0)
         torch.cuda.set_device(chosen)
-    if world_size == 1:
+    if world_size == 1 and not (one_too and "MASTER_ADDR" in os.environ):
         return Mesh(device=chosen)
     _die_with_launcher()
     # Recorded exchanges hang where NCCL registers their buffers at that time and the allocator's segments can grow

@@ -51,7 +51,7 @@ def quick(
 ) -> Execution:
     """How a network is computed: on a GPU by the fastest kernels of attention, and where it is large, with fused
     element-wise work, else by `calls`; compiled blocks have the first two of their own. Sharded weights, which move,
-    have neither of the latter.
+    have neither of the latter, but with `parallel.fused_shards` the first of them.
     """
     if device.type != "cuda" or compiled:
         return model.execution
@@ -69,7 +69,11 @@ def quick(
 
 def is_fused(model: VideoDiT, *, sharded: bool) -> bool:
     """Whether a GPU computes the element-wise work of a network by compiled functions."""
-    return not sharded and model.config.dim >= LARGE_WIDTH
+    return _as_whole(model, sharded) and model.config.dim >= LARGE_WIDTH
+
+
+def _as_whole(model: VideoDiT, sharded: bool) -> bool:
+    return not sharded or model.execution.fused_shards
 
 
 @cache
@@ -89,5 +93,5 @@ def recomputed(
         return given
     if compiled or len(model.blocks) < FEWEST_BLOCKS:
         return True
-    # Sharded weights are gathered in a forward and not in its recomputation, which keeps account of operators.
-    return ByBlock(first_ways(len(model.blocks), selective=not sharded and keeps_some(model)))
+    # Sharded weights are gathered in a forward and not in its recomputation, and torch keeps account of all operators.
+    return ByBlock(first_ways(len(model.blocks), selective=_as_whole(model, sharded) and keeps_some(model)))

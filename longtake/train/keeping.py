@@ -71,8 +71,8 @@ def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]
 def tried_first(kept: Mapping[Again, int]) -> int:
     """Bytes that the first block kept, because it tried to, beyond what the first way leaves: part of the most that was
     held, and gone with the trial. It still had them whenever another block's backward held the most. What others tried
-    is not counted: it makes up for the last block, which is computed again in full beside all others once it tries nothing.
-    Args: `kept`, bytes of a block by way.
+    is not counted: it makes up for the last block, which is computed again in full beside all others once it tries
+    nothing. Args: `kept`, bytes of a block by way.
     """
     return kept[False] - kept[True]
 
@@ -106,12 +106,16 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
         "attention": (attends, (x, weight)),
         "the MLP": (within, (x, *layers.parameters())),
     }
-    return all(is_right(f"keeping some results of {what}", device, partial(_off, *how)) for what, how in works.items())
+    return all(
+        is_right(f"keeping some results of {what}", device, partial(_off, *how, alone=execution.fused_shards))
+        for what, how in works.items()
+    )
 
 
-def _off(work: Callable[..., Tensor], given: Sequence[Tensor]) -> list[float]:
-    """How far gradients are from what they are otherwise where `work` keeps products alone."""
-    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in (made_again(work), work))
+def _off(work: Callable[..., Tensor], given: Sequence[Tensor], *, alone: bool) -> list[float]:
+    """How far gradients are from what they are otherwise where `work` keeps products alone. Args: as `made_again`."""
+    runs = made_again(work, alone=alone), work
+    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in runs)
     return [beside(one, other) for one, other in zip(found, truth, strict=True)]
 
 
@@ -242,8 +246,8 @@ class Keeper:
         return (spare - forms * (self._peak - self.memory.now())) // (1 + forms)
 
     def _decide(self, spare: int, *, recorded: bool) -> None:
-        """Args: `spare`, bytes of this rank that a call may keep beside the most that it held; `recorded`, whether calls
-        are.
+        """Args: `spare`, bytes of this rank that a call may keep beside the most that was held; `recorded`, whether
+        calls are.
         """
         found = [one.kept(self.micro_batches) for one in self.watched]
         ranks = self.mesh.every(lambda: (spare, [] if recorded else list(map(tried_first, found)), found))

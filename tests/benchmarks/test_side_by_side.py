@@ -10,9 +10,9 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "side_by_side.py"
 SMALL = ["micro_batch_size=1", "video.height=32", "video.width=32", "video.num_latent_frames=5", "validate_every=0"]
 
 
-def side_by_side(folder, *words):
+def side_by_side(folder, *words, ranks=2):
     file = folder / "found.json"
-    done = torchrun(2, PROGRAM, *words, "--device", "cpu", "--json", file, timeout=240)
+    done = torchrun(ranks, PROGRAM, *words, "--device", "cpu", "--json", file, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text()), done.stdout
 
@@ -20,7 +20,8 @@ def side_by_side(folder, *words):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_training_in_all_ways(tmp_path):
-    found, said = side_by_side(tmp_path, "toy/distill", *SMALL, f"logdir={tmp_path}/run", "--steps", "2")
+    words = ["toy/distill", *SMALL, "parallel.fused_shards=true", f"logdir={tmp_path}/run"]
+    found, said = side_by_side(tmp_path, *words, "--steps", "2")
     alone, *others = (
         found[way] for way in ("one GPU", "a sample each", "sharded, a sample each", "together, one sample")
     )
@@ -36,6 +37,18 @@ def test_a_training_in_all_ways(tmp_path):
     assert sharded["first"] == pytest.approx(whole["first"], rel=1e-4) != together["first"]
     needs = {way: said["gib"] for way, said in found["doctor"].items()}
     assert len(needs) == 4 and needs["sharded, a sample each"] < needs["one GPU"] < needs["a sample each"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_gpu_with_one_shard_beside_whole_weights(tmp_path):
+    words = ["toy/distill", *SMALL, f"logdir={tmp_path}/run", "--steps", "2", "--ways", "one,sharded"]
+    found, _ = side_by_side(tmp_path, *words, ranks=1)
+    whole, shard = found["one GPU"], found["sharded, a sample each"]
+    assert shard["shared"]["weights"] == "sharded over 1 ranks" and whole["shared"]["weights"] == "whole on each rank"
+    assert shard["first"] == pytest.approx(whole["first"], rel=1e-4) and len(whole["first"]) == 5
+    assert shard["times one GPU"] == shard["samples_per_s"] / whole["samples_per_s"]
+    assert list(found["doctor"]) == ["one GPU"]  # of one shard it would say the same
 
 
 @pytest.mark.whole

@@ -1,5 +1,5 @@
-"""The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with a resume; and where there are two GPUs,
-passes that they shard, recorded.
+"""The CUDA path: FSDP2 over nccl, one rank (all that one GPU allows), with a resume, and with what makes training fast,
+on two where there are two GPUs; there also passes that ranks share, recorded.
 """
 
 import json
@@ -8,6 +8,7 @@ import sys
 
 import graph_run
 import pytest
+import sharded_run
 import tiny_run
 import torch
 import torch.distributed as dist
@@ -69,6 +70,27 @@ def test_fsdp_over_nccl_equals_one_device_and_resumes(tmp_path, monkeypatch):
         assert iterate(state, objective, mesh, 2) == iterate(other, again, mesh, 2)
         for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True):
             assert torch.equal(a, b) if a.ndim == 0 else torch.equal(a.full_tensor(), b.full_tensor())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sharded_networks_are_fused_and_keep_what_whole_ones_do(tmp_path):
+    """On as many GPUs as there are, at most two."""
+    ranks = min(2, torch.cuda.device_count())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [sharded_run.__file__, str(tmp_path), "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = list(tmp_path.glob("rank*.json"))
+    assert len(files) == ranks
+    for found in (json.loads(path.read_text()) for path in files):
+        sharded, whole = found["sharded"], found["whole"]
+        assert sharded["fuses"] and sharded["compiled"] > 0
+        assert sharded["first"] == whole["first"] == [False, "products", True, "selective"]
+        assert sharded["decided"] == whole["decided"] == [False] * 4  # there is room for these
+        assert sharded["before and after"] < 1e-2 and found["apart"] < 2e-2  # in bfloat16
+        if ranks > 1:
+            assert sharded["gathers"] == sharded["units"]  # once in a backward, whatever of a block it computes again
 
 
 def assert_shared(folder):

@@ -206,6 +206,21 @@ def test_random_weights_of_two_ranks_are_shared_out(workshop, tmp_path):
     assert one.checkpoint == two.checkpoint and two.peak < one.peak
 
 
+@pytest.mark.parametrize("ranks, on", [(1, True), (2, False), (2, True)])
+def test_sharded_networks_are_fused_and_keep_some_results_where_that_is_asked_for(ranks, on):
+    """In training as in what is traced of it."""
+    config = full_size(batch_size=2, activation_checkpointing="auto", parallel={"fused_shards": on})
+    sizes = roles(replace(SMALL, dim=1024, num_heads=8, num_layers=4))
+    with estimate.ranks(config.parallel, ranks) as mesh:
+        built = estimate._Hollow(config, mesh, sizes=sizes, meter=Meter()).build()
+    for model in (*built.trained.values(), *built.frozen.values()):
+        assert model.execution.fuses == (ranks == 1 or on)
+        assert model.execution.fused_shards == (ranks == 2 and on)  # which whole weights know nothing of
+    for model in built.trained.values():
+        some = [False, "products", True, "selective"]
+        assert model.execution.recompute.ways == (some if model.execution.fuses else [False, True, True, True])
+
+
 def test_what_is_fused_keeps_its_inputs_and_has_its_gradients(tiny_condition, tiny_latents):
     found = []
     for fuses in (False, True):

@@ -6,6 +6,7 @@ from tiny_plan import causal_layout, tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.errors import CacheError
+from longtake.models.execution import Execution
 from longtake.models.recompute import ByBlock
 from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
@@ -34,12 +35,16 @@ def gradients(model, loss, counted):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("fused_shards", [False, True])  # two accounts of what is kept
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_condition, tiny_latents, bf16, mask):
+def test_gradients_are_equal_and_selective_keeps_attention(
+    tiny_model, tiny_condition, tiny_latents, bf16, mask, fused_shards
+):
     found, counts = {}, {}
     for mode in MODES:
-        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
+        model = tiny_model(True).executed(Execution(fused_shards=fused_shards))
+        model = parallelize(model, Mesh(), recompute=mode)
         layout = causal_layout(tiny_plan(2, 1, 5, 1), 5) if mask else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(tiny_latents(5), torch.tensor([0.9, 0.3]), tiny_condition(model), layout).square().mean()
@@ -57,12 +62,14 @@ def test_gradients_are_equal_and_selective_keeps_attention(tiny_model, tiny_cond
             assert all(torch.equal(found[mode][name], value) for name, value in found[False].items())
 
 
-def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny_latents):
+@pytest.mark.parametrize("fused_shards", [False, True])
+def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny_latents, fused_shards):
     """Nothing is computed again of the first blocks, all but attention of the next, all of the rest; and it may change
     from one update to the next.
     """
     by_block, found, counts = ByBlock([True, True]), [], []
-    model = parallelize(tiny_model(True), Mesh(), recompute=by_block)
+    model = tiny_model(True).executed(Execution(fused_shards=fused_shards))
+    model = parallelize(model, Mesh(), recompute=by_block)
     plain = tiny_model(True)
     some, products = "selective", "products"
     for ways in (None, (False, True), (some, True), (False, some), (False, False), (True, True), (products, True)):
@@ -103,8 +110,8 @@ def test_backward_computes_again_from_rounded_inputs_and_from_nothing_else_that_
     assert 0 < max(wrong) < 0.02
 
 
-@pytest.mark.parametrize("rope", ["relative", "absolute"])
-def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
+@pytest.mark.parametrize("rope, fused_shards", [("relative", False), ("absolute", False), ("relative", True)])
+def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope, fused_shards):
     """Window 5 of 9 frames: what was evicted for others is still read by the backward of earlier blocks."""
     rules = tiny_plan(2, 1, 5, 1, rope, sigmas=(1.0, 0.5))
 
@@ -115,7 +122,8 @@ def test_roll_outs_are_equal_with_eviction(tiny_model, tiny_condition, rope):
     found = []
     joined = ByBlock(["selective", "products"])  # nothing of which is recomputed by checkpointing
     for mode, batched in [*((mode, False) for mode in MODES), (True, True), (joined, True)]:
-        model = parallelize(tiny_model(True), Mesh(), recompute=mode)
+        model = tiny_model(True).executed(Execution(fused_shards=fused_shards))
+        model = parallelize(model, Mesh(), recompute=mode)
         student, condition = Denoiser(model, batched_exit_backward=batched), tiny_condition(model)
         made = roll_out(student, condition, noise(0, 1, 9), noise, rules, 9, (4, 6), with_grad=True)
         found.append(gradients(model, made.latents.square().mean(), Counted()))

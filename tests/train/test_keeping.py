@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from functools import partial
 
 import pytest
 import torch
 import yaml
+from count_bytes import Held
 from fake_ranks import on_ranks
 from tiny_stage import stage_config, stage_tree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from longtake.cli.app import app
@@ -26,42 +24,6 @@ from longtake.parallel.fsdp import parallelize
 from longtake.parallel.mesh import Mesh
 from longtake.train import job, keeping, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan, tried_first
-
-
-class Counted(TorchDispatchMode, Memory):
-    """Bytes of the storages made while it is on, as those of a GPU of `total` bytes."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.total = self.held = self.highest = 0
-        self.known = {p.untyped_storage()._cdata for p in model.parameters()}  # made before; their views are no others
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes()).atexit = False
-        self.highest = max(self.highest, self.held)
-        return out
-
-    def drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.held -= size
-
-    def begin(self) -> None:
-        self.highest = 0
-
-    def now(self) -> int:
-        return self.held
-
-    def most(self) -> int:
-        return self.highest
-
-    def all(self) -> int:
-        return self.total
-
 
 KEPT: dict[Again, int] = {True: 10, "selective": 30, "products": 60, False: 100}
 
@@ -106,7 +68,7 @@ def test_what_blocks_keep_is_measured_and_decided_once(
 ):
     by_block = ByBlock(first_ways(5, selective=True))
     model = parallelize(tiny_model(True, num_layers=5), Mesh(), recompute=by_block)
-    memory = Counted(model)
+    memory = Held(model)
     condition, x = tiny_condition(model), tiny_latents(9)
 
     def update() -> torch.Tensor:
@@ -205,8 +167,8 @@ class Whole(Execution):
 
 
 @pytest.mark.parametrize("wrong", [None, "attention", "the MLP"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtype, monkeypatch, caplog):
+@pytest.mark.parametrize("dtype, alone", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtype, alone, monkeypatch, caplog):
     """Right by itself, and another function in backward."""
 
     def spoilt(function):
@@ -216,11 +178,10 @@ def test_what_is_not_itself_when_it_is_made_again_is_refused_by_name(wrong, dtyp
 
         return run
 
-    execution = Whole(fuses=True, attend=spoilt(attend) if wrong == "attention" else attend)
+    execution = Whole(fuses=True, attend=spoilt(attend) if wrong == "attention" else attend, fused_shards=alone)
     if wrong == "the MLP":
-        monkeypatch.setattr(
-            MLP, "forward", lambda layers, *given, own=MLP.forward: spoilt(partial(own, layers))(*given)
-        )
+        forward = MLP.forward
+        monkeypatch.setattr(MLP, "forward", lambda layers, *given: spoilt(partial(forward, layers))(*given))
     state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
         assert keeping.keeps_some(execution, torch.device("cpu"), dtype, 16) == (wrong is None)
