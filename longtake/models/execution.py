@@ -68,8 +68,8 @@ class Execution:
     element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets, and
     `by_rows`, whether norms that are learnt through are kernels of ours instead (`norms.py`); `joins`, what joins the
     parts of masks whose keys lie apart, None where they do not (`apart.py`); `calls`, what makes the network's calls,
-    None where Python does; `fused_shards`, whether weights are sharded and yet computed as whole ones: what is kept of a
-    forward is then in an account that gathering does not change (`recompute.py`).
+    None where Python does; `fused_shards`, whether weights are sharded and yet computed as whole ones: what is kept of
+    a forward is then in an account that gathering does not change (`recompute.py`).
     """
 
     split: SequenceParallel | None = None
