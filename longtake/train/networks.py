@@ -416,8 +416,7 @@ class Builder:
         """Args: `trained`, the name by which it is, None where it is not."""
         config, mesh, again = self.config, self.mesh, None
         how = {"sharded": mesh.fsdp_mesh is not None, "compiled": config.parallel.compile}
-        fused_shards = config.parallel.fused_shards and how["sharded"]
-        model = model.executed(replace(model.execution, fused_shards=fused_shards))
+        model = model.executed(replace(model.execution, fused_shards=config.parallel.fused_shards and how["sharded"]))
         model = model.executed(self._quick(model, **how))
         if trained is not None:
             again = recomputed(model, config.activation_checkpointing, self._keeps_some, **how)
