@@ -250,10 +250,11 @@ class Keeper:
         calls are.
         """
         found = [one.kept(self.micro_batches) for one in self.watched]
-        ranks = self.mesh.every(lambda: (spare, [] if recorded else list(map(tried_first, found)), found))
+        own = [spare + (0 if recorded else tried_first(kept)) for kept in found]
+        ranks = self.mesh.every(lambda: (own, found))
         for number, one in enumerate(self.watched):
-            kept = {way: max(seen[number][way] for *_, seen in ranks) for way in found[number]}
-            least = min(beside + (0 if recorded else early[number]) for beside, early, _ in ranks)
+            kept = {way: max(seen[number][way] for _, seen in ranks) for way in found[number]}
+            least = min(each[number] for each, _ in ranks)
             count, base = len(one.blocks), kept[True]
             if kept[False] <= base:  # it is differentiated in ways of its own (`rollout/replay.py`)
                 one.by_block.follow([True] * count)

@@ -152,6 +152,20 @@ def test_recorded_calls_each_hold_what_they_keep(forms, expected):
     assert [[list(one.by_block.ways).count(way) for way in KEPT] for one in watched] == [expected] * 2
 
 
+def test_ranks_of_which_one_alone_records_decide_alike():
+    """A recording that failed on one: the other has 90 bytes of the first block again, and it has not."""
+
+    def decide(mesh):
+        by_block = ByBlock(first_ways(8, selective=True))
+        blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8))
+        watched = Watched("critic", blocks, by_block, lambda: mesh.rank)
+        watched.most = dict(KEPT)
+        Keeper([watched], mesh, ["critic"], lambda step: ["critic"], 1, Stated(1158)).passed(0)
+        return [list(by_block.ways).count(way) for way in KEPT]
+
+    assert on_ranks(decide) == [[5, 3, 0, 0]] * 2  # (1158 - 1000) / 2 = 79
+
+
 def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, tiny_model):
     can = [True, False]
     monkeypatch.setattr(networks, "keeps_some", lambda *_: can.pop())
