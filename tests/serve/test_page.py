@@ -20,6 +20,7 @@ from tiny_sessions import PICTURE, make_generator
 
 from longtake.inference.generator import Generator
 from longtake.serve.app import STATIC
+from longtake.serve.lanes import apply
 
 A, B = "a yellow cross slides upwards", "a yellow cross goes left"
 TOKEN = "a token that is long enough"
@@ -135,7 +136,7 @@ def wanted_of(generator, picture, state, pictures, length):
     while session.num_frames < length:
         for (frame, number), change in sorted(changes.items()):
             if frame == session.num_frames:
-                setattr(session, change["kind"], change["prompt"] if change["kind"] == "prompt" else pictures[number])
+                apply(session, change["kind"], change["prompt"] if change["kind"] == "prompt" else pictures[number])
         frames.append(session.next())
     return np.concatenate(frames)
 
@@ -255,11 +256,12 @@ def test_all_that_a_person_does_with_a_video(visit, toy, tmp_path):
         until(page, lambda: view.locator(".coming").count() == 0)
         assert number_of(view, "latency") > 0
         other, aim = example("blue_cross"), example("cyan_square")
-        for kind, picture in (("image", other), ("target", aim)):
+        for changes, kind, picture in ((3, "image", other), (4, "target", aim)):
             file = {"name": "p.png", "mimeType": "image/png", "buffer": png_of(picture)}
             view.locator(f"[data-picture={kind}] input").set_input_files(file)
-            until(page, lambda: view.locator(".changes img").count() and view.locator(".coming").count() == 0)
-        expect(view.locator(".changes li")).to_have_count(4)
+            # First that it stands there, or what is awaited next would be true of the change before.
+            expect(view.locator(".changes li")).to_have_count(changes)
+            until(page, lambda: view.locator(".coming").count() == 0)
         expect(view.get_by_role("button", name="No target")).to_be_visible()
         client = client_of(page, view, address)
         state = pause(page, view, client)
