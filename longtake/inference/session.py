@@ -8,7 +8,7 @@ is for one thread at a time. Must know no file of its own; `session_file.py` wri
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,7 +179,7 @@ class Session:
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
         are not finite.
         """
-        frames, state = self._made()
+        frames, state = self._made(None)
         array = frames.array()
         self._advance(state)
         return array
@@ -191,12 +191,13 @@ class Session:
         while not self.is_complete:
             yield self.next()
 
-    def begin(self) -> Frames:
+    def begin(self, check: Callable[[], None] | None = None) -> Frames:
         """The next frames as `next` gives them, but on their way here: work may still run.
 
+        `check` is called between the steps of a block; what it raises ends the call, which then has changed nothing.
         Raises: as `next`.
         """
-        frames, state = self._made()
+        frames, state = self._made(check)
         self._advance(state)
         return frames
 
@@ -212,7 +213,7 @@ class Session:
         return [state.stream for state in (*self._history, self.state) if state.stream is not None]
 
     @torch.no_grad()
-    def _made(self) -> tuple[Frames, SessionState]:
+    def _made(self, check: Callable[[], None] | None) -> tuple[Frames, SessionState]:
         """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
         state = self._new_scene() if self.cut else self._next_state()
@@ -221,10 +222,13 @@ class Session:
         shown = state.stream.position
         if shown:  # the picture's own latent was encoded with the condition
             state.encode(plan.block_of(shown)[1])
-        latents = state.stream.next()
+        latents = state.stream.next(check)
+        if check is not None:
+            check()
         self._past.copies.wait()  # of the decoder's features, which are written over now
-        # A viewer waits for the first frames that are generated: one latent is decoded and sent before the others.
-        head = 1 if shown <= 1 else latents.shape[1]
+        # A viewer waits for the first frames that are generated, or that follow a change: one latent is decoded, and
+        # sent, before the others.
+        head = 1 if shown <= 1 or state.inputs is not self.state.inputs else latents.shape[1]
         frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
         if head < latents.shape[1]:
             frames.append(state.decoder.decode(latents[:, head:])[0])

@@ -254,6 +254,7 @@ def denoise_block(
     exits: list[ExitStep] | None = None,
     guidance: Guidance | None = None,
     stores: bool = True,
+    check: Callable[[], None] | None = None,
 ) -> DenoisedBlock:
     """The block at `cache.position`, at the levels and with the context of `plan`.
 
@@ -262,7 +263,8 @@ def denoise_block(
     once more without, since a call with gradient stores nothing.
     Args: `begin`, a step and the noisy latents to begin from (default: the first, noise alone); `exit_step` stops after
     that step (`StreamPlan.exit_step`); `with_grad` lets gradient through the exit step, and through that
-    step alone; or `exits` gets that step, for `Denoiser.exits_with_grad`; `guidance` None = off.
+    step alone; or `exits` gets that step, for `Denoiser.exits_with_grad`; `guidance` None = off; `check` is called
+    after each step but the last, and what it raises leaves the cache as it was.
     """
     start = cache.position
     sigmas, itself = plan.levels(start), plan.stores_itself(start)
@@ -272,6 +274,8 @@ def denoise_block(
         for step in range(first, last):
             clean = _predict(denoiser, cache, condition, x, sigmas[step], guidance)
             x = add_noise(clean, noise(step + 1), _level(x, sigmas[step + 1]))
+            if check is not None:
+                check()
     layers = None
     if exits is not None:
         assert guidance is None, "training is never guided"

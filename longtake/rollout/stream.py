@@ -82,21 +82,22 @@ class LatentStream(Iterator[Tensor]):
     def __next__(self) -> Tensor:
         return self.next()
 
-    def next(self) -> Tensor:
-        """The next clean latents, float32 [B, f, C, H, W]."""
-        made, kept = self._made(), self.kept.copy()
+    def next(self, check: Callable[[], None] | None = None) -> Tensor:
+        """The next clean latents, float32 [B, f, C, H, W]. `check` is called between steps; it may raise."""
+        made, kept = self._made(check), self.kept.copy()
         kept.append(made.clean)
         self.pending, self.kept, self._first = made, kept, None
         return made.clean
 
     @torch.no_grad()
-    def _made(self) -> DenoisedBlock:
+    def _made(self, check: Callable[[], None] | None) -> DenoisedBlock:
         if self._first is not None:
             return DenoisedBlock.given(self._first.float())
         self.commit()
         start, end = next(self.plan.blocks(self.position))
-        block_noise = block_noise_at(self.noise, start, end)
-        return denoise_block(self.denoiser, self.cache, self.condition, block_noise, self.plan, guidance=self.guidance)
+        noise, guidance = block_noise_at(self.noise, start, end), self.guidance
+        own = self.denoiser, self.cache, self.condition
+        return denoise_block(*own, noise, self.plan, guidance=guidance, check=check)
 
     def commit(self) -> None:
         """Brings the caches to where the next block begins: the context pass of the pending block runs now, unless the

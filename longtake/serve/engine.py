@@ -74,6 +74,24 @@ Output = Made | Lost | Turned
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """What somebody waits for: a method of `Engine` without its `do_`, and its arguments."""
+
+    future: Future[Any]
+    operation: str
+    args: tuple[Any, ...]
+    values: dict[str, Any]
+
+    def drops_of(self, name: str) -> bool:
+        """Whether it is a change of this session that takes back what was not shown yet."""
+        return self.operation == "change" and self.args[0] == name and bool(self.args[-1])
+
+
+class _Dropped(Exception):
+    """The block in the making would be taken back before anybody saw it."""
+
+
+@dataclass(frozen=True)
 class Model:
     """What a generator, called `name`, makes: size and rate of its pictures, pixel frames of a block, what it takes
     (`picture`: needed, optional or none; `target`), and the rules that a client may want to know.
@@ -121,7 +139,7 @@ class Engine:
         ready = {"history_blocks": history, "ready_blocks": blocks_ahead + 1}
         self._kept: dict[str, Any] = {**ready, "history_caches": _HISTORY_CACHES}
         self._lanes: dict[str, Lane] = {}
-        self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._asked: deque[_Asked] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue()
@@ -149,13 +167,12 @@ class Engine:
 
     def call(self, operation: str, *args: Any, **kwargs: Any) -> Future[Any]:
         """Asks for a method of `Engine` whose name begins with `do_`, between two blocks."""
-        method = getattr(self, f"do_{operation}")
         future: Future[Any] = Future()
         with self._wake:
             if self._stopping:
                 future.set_exception(ConfigError(_ENDED))
                 return future
-            self._asked.append((future, lambda: method(*args, **kwargs)))
+            self._asked.append(_Asked(future, operation, args, kwargs))
             self._wake.notify()
         return future
 
@@ -181,9 +198,9 @@ class Engine:
             self._stopping = True
             asked, self._asked = self._asked, deque()
         self._on_their_way.put(None)
-        for future, _ in asked:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(ConfigError(_ENDED))
+        for one in asked:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(ConfigError(_ENDED))
         for name in list(self._lanes):
             del self._lanes[name]
             self._emit(Lost(name, ConfigError(_ENDED)))
@@ -200,8 +217,8 @@ class Engine:
                 while not (self._asked or self._stopping or self._next()):
                     self._wake.wait()
                 asked, self._asked = self._asked, deque()
-            for future, method in asked:
-                self._answer(future, method)
+            for one in asked:
+                self._answer(one)
             if self._stopping and not asked:
                 break
             if not self._asked and (lane := self._next()):
@@ -211,11 +228,12 @@ class Engine:
     def _next(self) -> Lane | None:
         return next_lane(self._lanes.values())
 
-    def _answer(self, future: Future[Any], method: Callable[[], Any]) -> None:
+    def _answer(self, asked: _Asked) -> None:
+        future = asked.future
         if not future.set_running_or_notify_cancel():  # nobody waits for it any more
             return
         try:
-            result = method()
+            result = getattr(self, f"do_{asked.operation}")(*asked.args, **asked.values)
         except BaseException as error:
             _free_memory(error)
             future.set_exception(_plain(error))
@@ -231,15 +249,30 @@ class Engine:
             self._check_fetching()
         began, first = monotonic(), lane.session.num_frames
         try:
-            frames = lane.session.begin()
+            frames = lane.session.begin(lambda: self._let_go(lane))
             block = Block(first, len(frames), lane.number)
             lane.began(block, monotonic())
+        except _Dropped:
+            self._room.release()
+            return
         except BaseException as error:
             self._room.release()
             logger.exception("session %s cannot go on", lane.name)
             self._lose(lane, _plain(error))
             return
         self._on_their_way.put((lane, block, frames, began))
+
+    def _let_go(self, lane: Lane) -> None:
+        """Called between the steps of a block. Raises: _Dropped when a change waits that would take it back."""
+        with self._wake:
+            drops = any(one.drops_of(lane.name) for one in self._asked)
+        if drops and lane.can_drop(monotonic(), self._others(lane)):
+            raise _Dropped
+
+    def _others(self, lane: Lane) -> float:
+        """Seconds of another session's block that may come before the next one of this."""
+        rest = (one.block_seconds for one in self._lanes.values() if one is not lane and not one.paused)
+        return max(rest, default=0.0)
 
     def _lose(self, lane: Lane, error: Exception) -> None:
         if self._lanes.pop(lane.name, None) is not None:
@@ -265,13 +298,14 @@ class Engine:
             lane, block, frames, began = item
             alone = max(began, now)
             try:
-                first = block.first
+                first, smooth = block.first, 0.0  # since when a viewer can watch it without a wait
                 for piece in frames.pieces:
                     array = piece.array()
-                    self._emit(Made(lane.name, block, first, array, lane.rewindable, monotonic() - alone))
+                    now = monotonic()
+                    self._emit(Made(lane.name, block, first, array, lane.rewindable, now - alone))
+                    smooth = max(smooth, now - (first - block.first) / lane.session.generator.fps)
                     first += len(array)
-                now = monotonic()
-                lane.came(block, now - began, now)
+                lane.came(block, now - began, smooth)
             except BaseException as error:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, _plain(error))
@@ -323,10 +357,7 @@ class Engine:
         """
         lane = self._lane(name)
         self._settle()
-        others = max(
-            (one.block_seconds for one in self._lanes.values() if one is not lane and not one.paused), default=0.0
-        )
-        dropped = lane.change(kind, value, number, asked, monotonic(), drop=drop, others=others)
+        dropped = lane.change(kind, value, number, asked, monotonic(), drop=drop, others=self._others(lane))
         return self._turned(name, (lane.session.num_frames, dropped))
 
     def do_rewind(self, name: str, blocks: int | None, to_frame: int | None) -> tuple[int, int]:

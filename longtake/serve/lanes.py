@@ -74,7 +74,9 @@ class Lane:
         self.dry_at = max(self.dry_at, now) + block.count / self.session.generator.fps
 
     def came(self, block: Block, seconds: float, now: float) -> None:
-        """A block has come out, so many seconds after it was begun."""
+        """A block has come out, so many seconds after it was begun; `now`: since then a viewer can watch it without a
+        wait, though its last frames may have come later.
+        """
         self.block_seconds = seconds
         if self._changed is not None and block.number >= self._changed[0]:
             self.turns.append(now - self._changed[1])
@@ -114,6 +116,10 @@ class Lane:
         self.number = number
         self._changed = (number, now) if self.wants else None  # else it waits for its viewer first
         return bool(unseen)
+
+    def can_drop(self, now: float, others: float) -> bool:
+        """Whether a change that is asked for now would take back the block in the making; arguments as of `change`."""
+        return self.session.num_frames >= self._seen(now, now) + self._bridge(others)
 
     def _seen(self, asked: float, now: float) -> int:
         """Frames that a viewer will have seen by now, when a change is made that was `asked` for some time ago: blocks
