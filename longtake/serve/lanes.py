@@ -108,7 +108,7 @@ class Lane:
         """As `Engine.do_change`, when no block is on its way; returns whether frames were taken back. Args: `others`,
         seconds of another session's block, which may be made before the next one of this.
         """
-        needed = self._seen(asked, now) + self._bridge(others)
+        needed = self._needed(asked, now, others)
         unseen = [block for block in self.blocks if drop and block.first >= needed]
         apply(self.session, kind, value)
         if unseen:
@@ -119,17 +119,21 @@ class Lane:
 
     def can_drop(self, now: float, others: float) -> bool:
         """Whether a change that is asked for now would take back the block in the making; arguments as of `change`."""
-        return self.session.num_frames >= self._seen(now, now) + self._bridge(others)
+        return self.session.num_frames >= self._needed(now, now, others)
 
-    def _seen(self, asked: float, now: float) -> int:
+    def _needed(self, asked: float, now: float, others: float) -> int:
+        """The first frame that a viewer will not have seen when the first block after a change comes."""
+        return math.ceil(self._seen(asked, now) + self._bridge(others))
+
+    def _seen(self, asked: float, now: float) -> float:
         """Frames that a viewer will have seen by now, when a change is made that was `asked` for some time ago: blocks
         on their way were waited for, in which what it says of them was not read.
         """
         plays = self.shown_at is not None and asked - self.shown_at <= _REPORT_SECONDS
         since = now - self.shown_at if plays and self.shown_at is not None else 0.0
-        return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
+        return min(self.session.num_frames, self.shown + since * self.session.generator.fps)
 
-    def _bridge(self, others: float) -> int:
+    def _bridge(self, others: float) -> float:
         """Frames that a viewer sees until the first block after a change has come. Who drops them has nothing to show,
         and where blocks take longer than they last, and are asked for anew before they are there, never has.
         """
@@ -137,7 +141,7 @@ class Lane:
         shortest, longest = (each(self.turns, default=_TURN * self.block_seconds) for each in (min, max))
         # None of the latest ones may have had another session's block between.
         seconds = max(self.block_seconds, longest, shortest + others) + _SENDING_SECONDS
-        return min(last, math.ceil(seconds * self.session.generator.fps))
+        return min(last, seconds * self.session.generator.fps)
 
     def fork(self, name: str) -> Lane:
         """A branch of this name, which nobody watches yet."""
