@@ -179,3 +179,15 @@ def test_a_session_that_can_go_back_keeps_its_caches(taped):
     del session
     gc.collect()
     assert not generator.caches._kept
+
+
+@pytest.mark.parametrize(
+    ("change", "pieces"), [("none", [8]), ("prompt", [4, 4]), ("image_target", [4, 4]), ("image", [1])]
+)
+def test_what_follows_a_change_comes_a_latent_first(generator, change, pieces):
+    session = open_session(generator)
+    take(session, 3)
+    if change != "none":
+        setattr(session, change, B if change == "prompt" else 255 - PICTURE)
+    assert [len(piece) for piece in session.begin().pieces] == pieces
+    assert [len(piece) for piece in session.begin().pieces] == ([4, 4] if change == "image" else [8])

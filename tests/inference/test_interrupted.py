@@ -87,6 +87,29 @@ def test_a_call_that_failed_gives_the_same_frames(change, history_blocks):
     interrupted_everywhere(make_generator(), change, 3, history_blocks, most=4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_can_be_let_go_between_its_steps(kind):
+    generator = make_generator(**KINDS[kind])
+    session = open_session(generator)
+    take(session, 3)
+    expected = take(session.fork(), 2)
+    for number in range(1, len(generator.plan.levels(3)) + 1):
+        tried = session.fork()
+
+        def stop(left=iter(range(number, 0, -1))):
+            if next(left) == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tried.begin(stop)
+        assert tried.num_frames == session.num_frames
+        again = tried.fork()
+        assert np.array_equal(take(again, 2), expected), number
+        for one in (tried, (other := session.fork())):
+            one.prompt = B
+        assert np.array_equal(take(tried, 2), take(other, 2)), number
+
+
 @pytest.mark.parametrize(("kind", "change"), [(k, ("block", "prompt")[n % 2]) for n, k in enumerate(list(KINDS)[1:])])
 def test_so_does_every_kind_of_stream(kind, change):
     interrupted_everywhere(make_generator(**KINDS[kind]), change, 2 + len(kind) % 2, 0, most=4)

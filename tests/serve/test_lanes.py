@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,6 +26,17 @@ class Played:
 
     def rewind(self, blocks: int, *, keep_wanted: bool) -> None:
         self.num_frames -= blocks * FRAMES
+
+
+class Piece:
+    """Frames that are here at that time, by a clock that is waited with."""
+
+    def __init__(self, clock: list[float], arrives: float, count: int = FRAMES) -> None:
+        self.clock, self.arrives, self.count = clock, arrives, count
+
+    def array(self) -> np.ndarray:
+        self.clock[0] = self.arrives
+        return np.zeros((self.count, 1, 1, 3), np.uint8)
 
 
 def lane(blocks: int = 3, *, ahead: int = 2 * FRAMES) -> Lane:
@@ -107,20 +119,44 @@ def test_a_branch_has_turns_of_its_own() -> None:
 def test_seconds_of_a_block_are_those_of_the_device_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one is begun while the first is made, and waits for it; a third when nobody has wanted one for a while."""
     now, out = [0.0], []
-
-    class Piece:
-        def __init__(self, arrives: float) -> None:
-            self.arrives = arrives
-
-        def array(self) -> np.ndarray:
-            now[0] = self.arrives
-            return np.zeros((FRAMES, 1, 1, 3), np.uint8)
-
     monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
     engine, one = Engine(cast(Any, None), out.append, 2, 2), lane()
     for number, (began, arrives) in enumerate([(0.0, 0.5), (0.125, 1.0), (2.0, 2.5)]):
-        item = one, Block(FRAMES * number, FRAMES, 0), SimpleNamespace(pieces=[Piece(arrives)]), began
+        item = one, Block(FRAMES * number, FRAMES, 0), SimpleNamespace(pieces=[Piece(now, arrives)]), began
         engine._on_their_way.put(cast(Any, item))
     engine._on_their_way.put(None)
     engine._fetch()
     assert [made.seconds for made in out] == [0.5] * 3
+
+
+@pytest.mark.parametrize(("rest_at", "turn"), [(0.5, 0.375), (1.0, 0.75)])  # 4 frames last 0.25 s
+def test_a_change_has_come_when_it_can_be_watched_without_a_wait(
+    monkeypatch: pytest.MonkeyPatch, rest_at: float, turn: float
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
+    engine, one = Engine(cast(Any, None), lambda output: None, 2, 2), lane()
+    one.change("prompt", "another", 1, 0.0, 0.0, drop=False)
+    one.session.num_frames, one.shown = 48, 40
+    one._changed = (1, 0.0)
+    pieces = [Piece(now, 0.375, 4), Piece(now, rest_at, 12)]
+    engine._on_their_way.put(cast(Any, (one, Block(48, FRAMES, 1), SimpleNamespace(pieces=pieces), 0.0)))
+    engine._on_their_way.put(None)
+    engine._fetch()
+    assert list(one.turns) == [turn] and one.block_seconds == rest_at
+
+
+@pytest.mark.parametrize(("shown", "drops"), [(16, True), (43, False)])
+def test_a_block_is_let_go_for_a_change_that_would_drop_it(shown: int, drops: bool) -> None:
+    """The one in the making begins at frame 48; who has seen 43 has 0.3 s left, less than another one takes."""
+    engine, one = Engine(cast(Any, None), lambda output: None, 2, 2), lane()
+    one.came(one.blocks[-1], 0.25, 1.0)
+    one.saw(shown, 2.0)
+    engine._lanes = {"one": one}
+    engine._let_go(one)  # nothing is asked for
+    engine.call("change", "other", "prompt", "another", 1, 0.0, True)
+    engine.call("change", "one", "prompt", "another", 1, 0.0, False)
+    engine._let_go(one)
+    engine.call("change", "one", "prompt", "another", 2, 0.0, True)
+    with pytest.raises(engine_module._Dropped) if drops else nullcontext():
+        engine._let_go(one)

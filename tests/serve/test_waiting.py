@@ -7,16 +7,19 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from time import monotonic, sleep
 
+import numpy as np
 import pytest
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B
 
 from longtake.errors import ConfigError, LongtakeError, OutputError
+from longtake.inference.session import Session
 from longtake.lock import LOCK
 from longtake.serve import engine as engine_module
 from longtake.serve.app import make_app
-from longtake.serve.engine import Engine, Lost
+from longtake.serve.engine import Engine, Lost, Made
 from longtake.serve.errors import told
 from longtake.serve.run import run_server
 from longtake.serve.settings import ServeSettings
@@ -85,6 +88,38 @@ def test_a_panic_ends_what_was_asked_and_nothing_else(generator, monkeypatch):
         engine.call("open", "two", PICTURE, A, seed=1).result(SECONDS)
         assert engine.call("memory").result(SECONDS).used > 0
     assert {one.session for one in out if isinstance(one, Lost)} >= {"two"}
+
+
+def test_a_change_does_not_wait_for_a_block_that_it_drops(generator, monkeypatch):
+    """It is asked for in the middle of a block; the frames are those of a session that never began that one."""
+    out, begun, asked, begin = [], [], [], Session.begin
+
+    def watched(session, check):
+        begun.append(session.num_frames)
+
+        def check_after_asking():
+            if session.num_frames == 9 and not asked:
+                asked.append(engine.call("change", "one", "prompt", B, 1, monotonic(), True))
+            check()
+
+        return begin(session, check_after_asking)
+
+    def frames():
+        return [one.frames for one in out if isinstance(one, Made)]
+
+    with running(lambda: generator, out) as engine:
+        engine.ready.result(SECONDS)
+        monkeypatch.setattr(Session, "begin", watched)
+        engine.call("open", "one", PICTURE, A, seed=1).result(SECONDS)
+        until = monotonic() + SECONDS
+        while sum(map(len, frames())) < 17 and monotonic() < until:
+            sleep(0.01)
+        assert asked[0].result(SECONDS) == (9, False)  # which was not taken back: it had never been there
+    assert begun == [0, 1, 9, 9]
+    alone = generator.open(PICTURE, A, seed=1)
+    wanted = [alone.next(), alone.next()]
+    alone.prompt = B
+    assert np.array_equal(np.concatenate(frames()), np.concatenate([*wanted, alone.next()]))
 
 
 def test_blocks_are_not_waited_for_when_nobody_fetches_them(generator):
