@@ -138,7 +138,8 @@ class Generator(Pipeline):
         all, None = for ever. Whole blocks are generated and the last one is cut. `negative` is the text of the
         unconditional side of guidance (default: none). `ahead` begins a block before the one before it is fetched, so
         that on a GPU fetching and what the caller does overlap with the next block; frames come a block later, but
-        those of the first block, and after a change, as soon as they are decoded, in two pieces. The same arguments give the same frames.
+        those of the first block, and after a change, as soon as they are decoded, in two pieces. The same arguments
+        give the same frames.
         Raises: DataError for an unreadable picture, ConfigError for one that is missing or that the weights cannot
         take, a bad number of frames, an empty prompt or a negative prompt without guidance; all before any work.
         """

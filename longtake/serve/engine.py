@@ -42,8 +42,8 @@ _AT_ONCE = 2  # blocks that are begun and have not come out: a GPU has the next 
 @dataclass(frozen=True)
 class Made:
     """Frames of a session: `frames` uint8 [T, h, w, 3] from number `first` on, all of `block` or, of the first one that
-    is generated or follows a change, a part; `rewindable` blocks can be taken back; `seconds` since the block was begun and the one before
-    it had come out.
+    is generated or follows a change, a part; `rewindable` blocks can be taken back; `seconds` since the block was begun
+    and the one before it had come out.
     """
 
     session: str
