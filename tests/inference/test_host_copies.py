@@ -251,9 +251,9 @@ def test_passes_do_not_wait_for_the_features_of_the_decoder(kind, monkeypatch):
         def wait(self):
             told.append("wait")
 
-    def noted(stream):
+    def noted(stream, check):
         told.append("passes")
-        return following(stream)
+        return following(stream, check)
 
     following = LatentStream.next
     monkeypatch.setattr(LatentStream, "next", noted)

@@ -99,12 +99,16 @@ def test_blocks_of_the_session_before_are_not_taken_for_those_of_its_save(genera
             time.sleep(0.3)
             return self.frames.pieces
 
+    def held(self, check):
+        frames = whole(self, check)
+        return frames if late.is_set() else Held(frames)
+
     with serving(generator, tmp_path, max_sessions=2) as address:
         client, frame = saved(address, seed=5)
         client.post("/prompt", json={"prompt": B, "drop": False})  # of which nothing may be seen
         client.watch(frame, from_frame=frame - 8)  # so that more is wanted
         monkeypatch.setattr(Engine, "do_close", close)
-        monkeypatch.setattr(Session, "begin", lambda self: Held(whole(self)) if not late.is_set() else whole(self))
+        monkeypatch.setattr(Session, "begin", held)
         client.post("/resume")
         assert opened(client).status_code == 201
         seen = client.watch(frame + 16, from_frame=frame)
