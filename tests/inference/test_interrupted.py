@@ -87,6 +87,17 @@ def test_a_call_that_failed_gives_the_same_frames(change, history_blocks):
     interrupted_everywhere(make_generator(), change, 3, history_blocks, most=4)
 
 
+def stopping_at(number):
+    """A function whose call `number` raises."""
+    calls = iter(range(1, number + 1))
+
+    def stop():
+        if next(calls) == number:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_can_be_let_go_between_its_steps(kind):
     generator = make_generator(**KINDS[kind])
@@ -95,13 +106,8 @@ def test_a_block_can_be_let_go_between_its_steps(kind):
     expected = take(session.fork(), 2)
     for number in range(1, len(generator.plan.levels(3)) + 1):
         tried = session.fork()
-
-        def stop(left=iter(range(number, 0, -1))):
-            if next(left) == 1:
-                raise KeyboardInterrupt
-
         with pytest.raises(KeyboardInterrupt):
-            tried.begin(stop)
+            tried.begin(stopping_at(number))
         assert tried.num_frames == session.num_frames
         again = tried.fork()
         assert np.array_equal(take(again, 2), expected), number

@@ -46,7 +46,7 @@ def streamed(plan, switch, model, condition, later, clean, context, levels, nois
     """The velocities of the noisy blocks, each against the cache of a stream that has made the clean ones before it."""
     velocities = []
 
-    def given(denoiser, cache, told, _noise, rules, *, guidance=None):
+    def given(denoiser, cache, told, _noise, rules, *, guidance=None, check=None):
         start, end = rules.block_of(cache.position)
         velocities.append(denoiser(noisy[:, start:end], sigma[:, start:end], told, cache))
         seen, level = context[:, start:end], rules.context_level(start)
