@@ -1,8 +1,9 @@
-"""A test that does not end is named, with the stacks of all threads, and the run ends with a failure."""
+"""No folder of tests is passed over. A test that does not end is named, with all stacks, and the run ends with a failure."""
 
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def test_hangs(where, request):
         request.getfixturevalue("stuck")
         raise ValueError
 """
+
+
+def test_no_folder_is_passed_over(pytestconfig):
+    """As pytest of itself does with any that is called `dist`, whose tests then run by name alone."""
+    folders = {path.parent for path in Path(__file__).parent.rglob("test_*.py")}
+    never = pytestconfig.getini("norecursedirs")
+    assert not [folder for folder in folders for pattern in never if fnmatch(folder.name, pattern)]
 
 
 @pytest.mark.slow
