@@ -263,6 +263,7 @@ def test_all_that_a_person_does_with_a_video(visit, toy, tmp_path):
             expect(view.locator(".changes li")).to_have_count(changes)
             until(page, lambda: view.locator(".coming").count() == 0)
         expect(view.get_by_role("button", name="No target")).to_be_visible()
+        until(page, lambda: view.locator(".strip li").count() > 2)  # of few changes what was before is kept
         client = client_of(page, view, address)
         state = pause(page, view, client)
         length = int(number_of(view, "frame")) + 1

@@ -302,7 +302,7 @@ export class View {
     const first = this.row(0, prompt, `seed ${seed}${guidance === null ? "" : `, guidance ${guidance}`}`);
     const rows = this.changes.map((change) => {
       const row = this.row(change.from_frame, nameOf(change), "", this.pictures.get(change.number));
-      row.classList.toggle("coming", change.from_frame > position);
+      row.classList.toggle("coming", change.from_frame >= position); // the next one to be shown
       return row;
     });
     this.part(".changes").replaceChildren(first, ...rows);
