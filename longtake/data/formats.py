@@ -39,7 +39,8 @@ def open_dataset(
 def find_format(path: Path, kind: str = "auto") -> type[Format]:
     """The class that opens what lies at a path. Raises: DataError, ConfigError as `open_dataset`."""
     if not path.exists():
-        raise DataError(f"data folder {path} does not exist; write it (`longtake world`) or set data.path")
+        ways = "`longtake encode` writes an encoded set, `longtake world` that of the toy"
+        raise DataError(f"data folder {path} does not exist; set data.path, or write it ({ways})")
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{path} is a pipe or a device, which is read once; write what it gives to a file first")
     found = _format(detect_kind(path) if check_format(kind) == "auto" else kind)

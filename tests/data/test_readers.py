@@ -251,7 +251,7 @@ def test_lmdb_is_shared_by_readers_threads_and_forked_workers(tmp_path):
 
 
 def test_unknown_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist; .*`longtake encode`"):
         open_dataset(tmp_path / "gone")
     with pytest.raises(DataError, match="no data set"):
         open_dataset(tmp_path)

@@ -28,7 +28,7 @@ from longtake.parallel.ulysses import Ulysses
 from longtake.errors import CacheError, ConfigError, ShapeError
 from longtake.models.dit import VideoDiT
 from longtake.models.recompute import Again, ByBlock
-from longtake.rollout.cuda_graphs import CUDAGraphRunner
+from longtake.rollout.cuda_graphs import CUDAGraphRunner, Made, Recorded
 from longtake.rollout.self_forcing import roll_out
 from tiny_plan import tiny_plan
 
@@ -211,10 +211,10 @@ def recorded(ranks: Ulysses) -> dict[str, object]:
                 denoiser(out[-1], torch.zeros(2), condition, cache, commit=True)
         return torch.cat(out, 1)
 
-    def refuses(work: Callable) -> tuple:
+    def refuses(*works: Callable[[], Made]) -> list[Recorded]:
         if ranks.rank == 1:
             raise RuntimeError("no memory left")
-        return lambda: None, x  # to record a pass starts none of its exchanges
+        return [(lambda: None, (x,))]  # to record a pass starts none of its exchanges
 
     expected, tape = streamed(), Tape()
     equal = torch.equal(streamed(CUDAGraphRunner(tape)), expected)

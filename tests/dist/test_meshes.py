@@ -36,7 +36,7 @@ def train(workshop, runs, folder, ranks):
     """Each run of `runs`, one after the other in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"runs{ranks}.json").write_text(json.dumps(runs, default=str))
-    done = torchrun(ranks, mesh_run.__file__, workshop, folder / f"runs{ranks}.json", timeout=280)
+    done = torchrun(ranks, mesh_run.__file__, workshop, folder / f"runs{ranks}.json")
     assert done.returncode == 0, done.stderr[-6000:]
 
 

@@ -122,6 +122,6 @@ def test_two_ranks_record_the_passes_they_share(tmp_path, monkeypatch, segments)
 
 @pytest.mark.whole
 def test_the_same_of_two_cpu_ranks(tmp_path):
-    done = torchrun(2, graph_run.__file__, tmp_path, "cpu", timeout=60)
+    done = torchrun(2, graph_run.__file__, tmp_path, "cpu")
     assert done.returncode == 0, done.stderr[-4000:]
     assert_shared(tmp_path)

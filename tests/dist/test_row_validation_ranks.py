@@ -60,7 +60,7 @@ def test_a_rank_that_fails_where_the_other_waits_ends_the_run_at_once(workshop, 
     config = config_of(workshop, tmp_path / "run", whole)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump() | {"watchdog": {"seconds": 0}}))
-    done = torchrun(2, apart_run.__file__, "train", file, timeout=380)
+    done = torchrun(2, apart_run.__file__, "train", file)
     assert done.returncode != 0, done.stderr[-6000:]
     assert "rank 1 failed with OutOfMemoryError: CUDA out of memory (a test); rank 0 waited" in done.stderr
     assert [row["step"] for row in rows_of(config.folder) if "validation/errors" in row] == [0]

@@ -16,7 +16,7 @@ from longtake.models.execution import Execution
 
 
 def ranks_of(folder, ranks):
-    done = torchrun(ranks, sequence_run.__file__, folder, timeout=200)
+    done = torchrun(ranks, sequence_run.__file__, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
