@@ -73,21 +73,19 @@ class GaussianVideos:
 
 class ExactNetwork(nn.Module):
     """A network over `[context | noisy]` that knows the exact answer: of a diffusion model, or (`few_step`) of a model
-    whose one step ends where the flow does. Calls are kept in `calls`.
+    whose one step ends where the flow does.
     """
 
     def __init__(self, videos: GaussianVideos, *, few_step: bool, i2v: bool = False) -> None:
         super().__init__()
-        self.videos, self.few_step, self.calls = videos, few_step, []
+        self.videos, self.few_step = videos, few_step
         self.config = SimpleNamespace(condition_channels=int(i2v), out_channels=SHAPE[0])
-        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition, context: Any = None) -> Tensor:
-        self.calls.append((x, sigma))
         frames = self.videos.num_frames
         mean, noisy, level = self.videos.mean(x[:, :frames]), x[:, frames:], sigma[:, frames:]
         if self.few_step:
             velocity = (noisy - self.videos.end(mean, noisy, level)) / per_frame(level).clamp(min=1e-6)
         else:
             velocity = self.videos.velocity(mean, noisy, level)
-        return torch.cat([torch.zeros_like(noisy), velocity], 1) * self.scale
+        return torch.cat([torch.zeros_like(noisy), velocity], 1)

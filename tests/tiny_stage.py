@@ -81,7 +81,7 @@ OF_OBJECTIVE |= {"context_gradient", "context_writer", "context_scores", "guidan
 OF_OBJECTIVE |= {"teacher_kind", "teacher_steps"}
 # What the stages of these names are trained by
 KINDS = {"teacher": "flow_matching", "causal": "teacher_forcing", "distill": "dmd", "long": "long_tuning"}
-KINDS |= {"ode": "ode_regression", "consistency": "consistency"}
+KINDS |= {"ode": "ode_regression"}
 
 
 def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def stage_tree(workshop: Path, logdir: Path, stage: str, **changes: Any) -> dict
     if stage in ("distill", "long"):
         critic = {"lr": 1e-3, "updates_per_generator": 2}
         objective |= {"teacher": str(workshop / "teacher"), "critic": critic, "guidance": 3.0}
-    if stage in ("ode", "consistency"):
+    if stage == "ode":
         objective |= {"teacher": str(workshop / "teacher"), "teacher_steps": 4, "guidance": 2.0}
     tree: dict[str, Any] = {
         "objective": objective | {key: changes.pop(key) for key in OF_OBJECTIVE & changes.keys()},

@@ -27,7 +27,6 @@ KINDS = {
     "flow_matching": "longtake.objectives.flow_matching:FlowMatchingConfig",
     "teacher_forcing": "longtake.objectives.teacher_forcing:TeacherForcingConfig",
     "ode_regression": "longtake.objectives.ode_regression:OdeRegressionConfig",
-    "consistency": "longtake.objectives.consistency:ConsistencyConfig",
     "dmd": "longtake.objectives.dmd:DmdConfig",
     "long_tuning": "longtake.objectives.long_tuning:LongTuningConfig",
 }

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # phase(name) -> context manager that a caller times
 Phase = Callable[[str], AbstractContextManager[object]]
-# average() -> context manager inside which a network computes with the average of its weights, without gradient
-Average = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,6 @@ class Objective:
     def loss(self, turn: str, batch: Any, step: int) -> LossResult:
         """Loss of one micro-batch (`objectives.batch.EncodedBatch`) for the network named `turn`."""
         raise NotImplementedError
-
-    def take_averages(self, averages: Mapping[str, Average]) -> None:
-        """Is given, before the first iteration, the averages of its networks that are kept (`train/ema.py`), by name.
-
-        They are part of what a resumed run goes on with. Most objectives do not read them.
-        """
 
     def discard(self) -> None:
         """Forgets what later iterations would go on with: an update was skipped because something was not finite.

@@ -43,7 +43,6 @@ class EMA:
     # (`fsdp.parallelize`): parameters left gathered would hide the change from the next forward.
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        torch.clear_autocast_cache()  # else an autocast around it goes on with its copies of the weights before
         for name, p in self._parameters.items():
             local(p).copy_(local(values[name]))
 

@@ -140,7 +140,7 @@ class Builder:
         config = self.config
         optimizers = {name: wanted.optim for name, wanted in config.networks.items() if wanted.optim is not None}
         averages = {"generator": config.ema} if config.ema.enabled else {}
-        state = TrainState.build(
+        return TrainState.build(
             objective.networks,
             optimizers,
             averages,
@@ -148,8 +148,6 @@ class Builder:
             seed=config.seed,
             adapters=self.adapters,
         )
-        objective.take_averages({name: average.applied for name, average in state.ema.items()})
-        return state
 
     def keeper(self, objective: Objective) -> Keeper:
         """What decides how much of forwards is kept, from iterations of all updates; make it before the first one."""

@@ -2,11 +2,10 @@
 
     python scripts/experiments/initialisations.py --output runs/initialisations --seconds 120 --seeds 1 2
 
-`none` begins as the bidirectional teacher; `teacher_forcing` has all of the seconds; `consistency` and `ode` have half
-of them for teacher forcing, and the other half for theirs, that of `ode` for its paths too; `ode_bidirectional` has
-paths of the bidirectional teacher. Seconds are those of the processor (`--clock cpu`) or of the clock, without the
-start of processes. Scored in the length of training and in ten times that; writes `scores.jsonl`. Run again, it goes on
-where it was.
+`none` begins as the bidirectional teacher; `teacher_forcing` has all of the seconds; `ode` has half of them for teacher
+forcing, and the other half for its paths and itself; `ode_bidirectional` has paths of the bidirectional teacher.
+Seconds are those of the processor (`--clock cpu`) or of the clock, without the start of processes. Scored in the length
+of training and in ten times that; writes `scores.jsonl`. Run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("none", "teacher_forcing", "consistency", "ode", "ode_bidirectional")
+WAYS = ("none", "teacher_forcing", "ode", "ode_bidirectional")
 STOPPED = (0, 128 + signal.SIGTERM)
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -141,10 +140,8 @@ def initialisation(study: Study, way: str, seed: int, seconds: float, path_steps
         if not (study.folder / f"{way}_seed{seed}").exists():
             shutil.copytree(half.parent, study.folder / f"{way}_seed{seed}", ignore=shutil.ignore_patterns("done"))
         return study.train("toy/causal", f"{way}_seed{seed}", clips, own, seconds=seconds / 2)
-    begins = [f"objective.teacher={half}", f"init_from={half}", own]
-    if way == "consistency":
-        return study.train("toy/consistency", f"{way}_seed{seed}", clips, *begins, steps, seconds=seconds / 2)
-    return ode(study, f"{way}_seed{seed}", [*begins, steps], seconds / 2)
+    begins = [f"objective.teacher={half}", f"init_from={half}", own, steps]
+    return ode(study, f"{way}_seed{seed}", begins, seconds / 2)
 
 
 def ode(study: Study, name: str, values: Sequence[str], seconds: float) -> Path:
