@@ -173,7 +173,7 @@ def test_c_frames_that_do_not_fit_the_block_plan_are_refused_when_the_config_is_
         (["name=toy"], r"name=toy is taken"),
         (
             ["objective.teacher=toy"],
-            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and consist",
+            r"unknown key objective.teacher; it belongs to objective.kind=ode_regression and dmd",
         ),
         (["objective.critic.lr=1e-5"], r"unknown key objective.critic; it belongs to objective.kind=dmd and long_"),
         (["objective.kind=dnd"], r"objective: kind=dnd is not known; give flow_matching, .*, or MODULE:CLASS"),
