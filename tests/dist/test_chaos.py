@@ -28,6 +28,7 @@ def losses(folder):
     return [{key: value for key, value in row.items() if not key.startswith(("seconds", "speed"))} for row in rows]
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_and_damaged_checkpoints_change_no_bit(tmp_path, kills):

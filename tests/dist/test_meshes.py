@@ -75,6 +75,7 @@ def assert_equal(folder, wanted):
     assert torch.equal(*(load_file(one / "latents.safetensors")["latents"] for one in (folder, wanted)))
 
 
+@pytest.mark.whole
 def test_two_ranks_of_a_sequence_group_train_and_stream_as_one(workshop, tmp_path):
     """The fast part: two iterations of `distill`, then of `causal` with low-rank updates, and what they validate."""
     runs = [("distill", {"validate_every": 2}), ("causal", {"lora": LORA["lora"], "validate_every": 2})]

@@ -44,6 +44,7 @@ FAST = [("distill", "recomputed"), ("long", "plain"), ("distill", "bf16")]
 SLOW = [("distill", "plain"), ("long", "recomputed"), ("distill", "student_whole"), ("distill", "critic_whole")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("stage", "variant"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 )

@@ -23,6 +23,7 @@ def config_of(workshop, logdir, whole):
     return from_cache(workshop, logdir, whole, "distill", **changes)
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(400)
 def test_two_ranks_validate_as_one(workshop, whole, tmp_path):
     one, two = (config_of(workshop, tmp_path / name / "run", whole) for name in ("one", "two"))

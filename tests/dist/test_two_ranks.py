@@ -70,6 +70,7 @@ def test_two_ranks_killed_in_a_save_resume_on_two_and_on_one(tmp_path, two_ranks
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.whole
 def test_after_a_rank_was_killed_all_are_restarted_and_go_on(tmp_path, two_ranks):
     """`torchrun --max-restarts 3`: rank 1 is killed in the first life, rank 0 in the second."""
     done = restarted(tmp_path, "--die-once", "1", "0", restarts=3)
@@ -81,6 +82,7 @@ def test_after_a_rank_was_killed_all_are_restarted_and_go_on(tmp_path, two_ranks
     assert read_manifest(resumed)["files"] == read_manifest(whole)["files"]
 
 
+@pytest.mark.whole
 def test_restarts_are_bounded(tmp_path):
     failed = restarted(tmp_path, "--die-once", "1", "1", restarts=1)
     assert failed.returncode != 0 and f"(exitcode: {-signal.SIGKILL})" in failed.stderr
