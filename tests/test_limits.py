@@ -49,6 +49,12 @@ def test_no_folder_is_passed_over(pytestconfig):
     assert not [folder for folder in folders for pattern in never if fnmatch(folder.name, pattern)]
 
 
+def test_no_two_files_have_one_name():
+    """pytest imports them by it, and takes none of the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["python", "swallowed", "c", "teardown"])
 def test_a_test_that_hangs_ends_the_run_with_its_name_and_stacks(where, tmp_path):
