@@ -1,4 +1,4 @@
-"""A tiny run on two ranks that is killed again and again at seeded random moments, for `test_chaos`.
+"""A tiny run on two ranks that is killed again and again at seeded random moments, for `test_chaos_ranks`.
 
 This process imports everything once and forks the ranks (it never runs a backward pass itself), so that a life of the
 run costs a second and not six. It does what torchrun does: when a rank dies, the others get SIGTERM and then SIGKILL.
