@@ -4,8 +4,8 @@
 
 Distillation at the sizes and with the data of `benchmarks.runs` (Wan2.1-Fun-1.3B-InP's transformer, random
 weights; `--tiny` rehearses it on a CPU), saved every `--save-every` iterations, one kept. A call is a segment:
-it trains for `--segment-seconds`, stops the run with SIGTERM as a scheduler does (its last checkpoint is complete
-then) and adds to the results; the next call resumes from there. Two segments of 8 minutes and more make a run of 16.
+it trains for `--segment-seconds`, and past a save, stops the run with SIGTERM as a scheduler does (its last checkpoint
+is complete then) and adds to the results; the next call resumes from there. Two segments of 8 minutes make a run of 16.
 
 Student and critic are trained whole, and a checkpoint of both with AdamW and the average is 44 GB, twice that on the
 disk when a new one replaces the old. `--lora-rank` trains low-rank updates on one frozen base instead: a few GB.
@@ -56,8 +56,10 @@ def prepare(run: runs.Run, args: argparse.Namespace) -> Path:
     return file
 
 
-def train(run: runs.Run, config: Path, seconds: float) -> dict[str, Any]:
-    """Trains for `seconds` after the first iteration of this segment; its exit code, and memory of the process."""
+def train(run: runs.Run, config: Path, seconds: float, save_every: int) -> dict[str, Any]:
+    """Trains for `seconds` after the first iteration of this segment, and past a save, whose stall is in the row of the
+    next iteration; its exit code, and memory of the process.
+    """
     folder, log = run.output / NAME, run.output / f"{NAME}.log"
     before = len(read_rows(folder / "metrics.jsonl"))
     memory: list[tuple[float, float]] = []
@@ -68,9 +70,10 @@ def train(run: runs.Run, config: Path, seconds: float) -> dict[str, Any]:
         while process.poll() is None:
             time.sleep(0.2)
             memory.append((time.time(), resident_gib(process.pid)))
-            if first is None and len(read_rows(folder / "metrics.jsonl")) > before:
+            rows = len(read_rows(folder / "metrics.jsonl")) - before
+            if first is None and rows > 0:
                 first = time.monotonic()
-            if first is not None and time.monotonic() - first > seconds:
+            if first is not None and time.monotonic() - first > seconds and rows > save_every:
                 process.send_signal(signal.SIGTERM)
                 break
         code = process.wait()
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     saves_before = len(read_rows(folder / "saves.jsonl"))
     held = list_checkpoints(checkpoints_folder(folder))
     first = int(held[-1].name.removeprefix("step_")) if held else 0
-    ran = train(run, config, args.segment_seconds)
+    ran = train(run, config, args.segment_seconds, args.save_every)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] >= first and "seconds" in row]
     saves = read_rows(folder / "saves.jsonl")[saves_before:]
     for path in list_checkpoints(checkpoints_folder(folder)):
