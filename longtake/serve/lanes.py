@@ -123,17 +123,17 @@ class Lane:
 
     def _needed(self, asked: float, now: float, others: float) -> int:
         """The first frame that a viewer will not have seen when the first block after a change comes."""
-        return math.ceil(self._seen(asked, now) + self._bridge(others))
+        return self._seen(asked, now) + self._bridge(others)
 
-    def _seen(self, asked: float, now: float) -> float:
+    def _seen(self, asked: float, now: float) -> int:
         """Frames that a viewer will have seen by now, when a change is made that was `asked` for some time ago: blocks
-        on their way were waited for, in which what it says of them was not read.
+        on their way were waited for, in which what it says of them was not read. It says whole frames: hence no less.
         """
         plays = self.shown_at is not None and asked - self.shown_at <= _REPORT_SECONDS
         since = now - self.shown_at if plays and self.shown_at is not None else 0.0
-        return min(self.session.num_frames, self.shown + since * self.session.generator.fps)
+        return min(self.session.num_frames, self.shown + math.ceil(since * self.session.generator.fps))
 
-    def _bridge(self, others: float) -> float:
+    def _bridge(self, others: float) -> int:
         """Frames that a viewer sees until the first block after a change has come. Who drops them has nothing to show,
         and where blocks take longer than they last, and are asked for anew before they are there, never has.
         """
@@ -141,7 +141,7 @@ class Lane:
         shortest, longest = (each(self.turns, default=_TURN * self.block_seconds) for each in (min, max))
         # None of the latest ones may have had another session's block between.
         seconds = max(self.block_seconds, longest, shortest + others) + _SENDING_SECONDS
-        return min(last, seconds * self.session.generator.fps)
+        return min(last, math.ceil(seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:
         """A branch of this name, which nobody watches yet."""

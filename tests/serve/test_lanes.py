@@ -87,6 +87,9 @@ def test_what_a_viewer_has_seen_since_it_said_so_counts() -> None:
     one = lane()
     one.came(one.blocks[-1], 0.2, 1.0)
     assert change(one, 26, at=2.2, told=2.0) == 48  # 30 by now: 2 frames are left
+    between = lane()  # it says whole frames: at once after 26 it may be in the middle of the next one
+    between.came(between.blocks[-1], 0.2, 1.0)
+    assert change(between, 26, at=2.01, told=2.0) == 48
     waiting = lane(4)  # a change that was asked for at once, and waited for blocks on their way
     waiting.came(waiting.blocks[-1], 0.2, 1.0)
     assert change(waiting, 27, at=3.0, told=2.0, asked=2.1) == 64
