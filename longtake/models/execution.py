@@ -62,7 +62,8 @@ class Calls(Protocol):
 class Execution:
     """Fields: `split`, the processes that compute each call together (their caches hold some of the heads);
     `recompute`, what backward computes again of a block: nothing (False), all (True), all but self-attention
-    ("selective") or but self-attention and matrix products ("products"), or of each block another of these;
+    ("selective"), or but self-attention and matrix products ("products"; "narrow", without those that are wider than
+    what they are made of), or of each block another of these;
     `recompute_from`, the type in which tokens that enter a block are kept for that, None for their own; `updates`,
     low-rank ones that are switched between calls; `attend`, what computes attention; `fuses`, whether each function of
     element-wise work between matrix products is compiled into a kernel of its own, for the shapes that it meets, and

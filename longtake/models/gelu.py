@@ -1,11 +1,14 @@
 """A linear layer, GELU (tanh) and another linear layer as one operator of torch, whose backward makes GELU again.
 
 What is kept is the first layer's result; selective recomputation keeps it with the last one and runs nothing of the MLP
-again. Backward reads and writes the wide tensors once, where torch's own operations take three passes and a sum over
-all rows for the first bias. It must know no transformer.
+again, or, inside `FirstLayerAgain`, that product alone: its result is several times as wide as all others. Backward
+reads and writes the wide tensors once, where torch's own operations take three passes and a sum over all rows for the
+first bias. It must know no transformer.
 """
 
 # No `from __future__ import annotations`: torch reads the types of an operator from its signature.
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
 from functools import cache
 from typing import Any
 
@@ -17,34 +20,59 @@ from longtake.models import trial
 from longtake.models.attention import has_triton
 
 
+_first_layer_again = ContextVar("_first_layer_again", default=False)
+
+
+class FirstLayerAgain(AbstractContextManager):
+    """Inside, backward makes the first layer's result again, from its input. It may be entered more than once."""
+
+    def __init__(self) -> None:
+        self._before: list[Token[bool]] = []
+
+    def __enter__(self) -> None:
+        self._before.append(_first_layer_again.set(True))
+
+    def __exit__(self, *_: object) -> None:
+        _first_layer_again.reset(self._before.pop())
+
+
 def mlp_with_gradient(x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> Tensor:
     """x [L, D] -> [L, D]. Args: weights and biases of both layers, of the type of `x`."""
-    return _mlp(x, first, first_bias, last, last_bias)[0]
+    return _mlp(x, first, first_bias, last, last_bias, _first_layer_again.get())[0]
 
 
 @torch.library.custom_op("longtake::mlp", mutates_args=())
-def _mlp(x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, and that of the first layer."""
+def _mlp(
+    x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and that of the first layer; without rows, where backward makes it again."""
     hidden = torch.addmm(first_bias, x, first.t())
-    return torch.addmm(last_bias, _gelu(hidden), last.t()), hidden
+    made = torch.addmm(last_bias, _gelu(hidden), last.t())
+    return made, x.new_empty(0, first.shape[0]) if again else hidden
 
 
 @_mlp.register_fake
-def _(x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], last.shape[0]), x.new_empty(x.shape[0], first.shape[0])
+def _(
+    x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0]
+    return x.new_empty(rows, last.shape[0]), x.new_empty(0 if again else rows, first.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, first, _, last, _ = inputs
-    ctx.save_for_backward(x, first, last, output[1])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, first, first_bias, last, _, ctx.again = inputs
+    ctx.save_for_backward(x, first, first_bias if ctx.again else None, last, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # of the first layer's result, zeros as wide as it
 
 
 def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    x, first, last, hidden = ctx.saved_tensors
+    x, first, first_bias, last, hidden = ctx.saved_tensors
     of_x, of_first, of_first_bias, of_last, of_last_bias = ctx.needs_input_grad[:5]
+    if ctx.again:
+        hidden = torch.addmm(first_bias, x, first.t())
     made, change, total = gelu_backward(hidden, grad @ last)
+    del hidden
     found_last = grad.t() @ made if of_last else None
     del made
     return (
@@ -53,6 +81,7 @@ def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         total.to(change.dtype) if of_first_bias else None,
         found_last,
         grad.sum(0) if of_last_bias else None,
+        None,
     )
 
 

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from longtake.models.gelu import FirstLayerAgain
+
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
 
@@ -96,11 +98,19 @@ def keep_products(*, alone: bool = False) -> Contexts:
     return _keeping(_policy_of_products, alone)
 
 
-def made_again(work: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
-    """`work` as part of a block that keeps products: for trials, since what is right once may not be when backward
-    makes it again. Args: `alone`, as `keep_attention`.
+def keep_narrow_products(*, alone: bool = False) -> Contexts:
+    """As `keep_products`, but for results that are wider than what they were made of, which take the most to keep: the
+    first product of an MLP is made again.
     """
-    keep = partial(keep_products, alone=alone)
+    forward, again = _keeping(_policy_of_narrow_products, alone)
+    return _All([FirstLayerAgain(), forward]), _All([FirstLayerAgain(), again])
+
+
+def made_again(work: Callable[..., Any], way: str = "products", *, alone: bool = False) -> Callable[..., Any]:
+    """`work` as part of a block that keeps what `way` says: for trials, since what is right once may not be when
+    backward makes it again. Args: `alone`, as `keep_attention`.
+    """
+    keep = partial(KEEPERS[way], alone=alone)
     return partial(checkpoint, work, use_reentrant=False, context_fn=keep, preserve_rng_state=False)
 
 
@@ -109,7 +119,7 @@ def _keeping(policy: Callable[..., CheckpointPolicy], alone: bool) -> Contexts:
     return _All([_NoCopies(), forward]), _All([_NoCopies(), again])
 
 
-KEEPERS = {"selective": keep_attention, "products": keep_products}
+KEEPERS = {"selective": keep_attention, "narrow": keep_narrow_products, "products": keep_products}
 
 
 def _accounts(policy: Callable[..., CheckpointPolicy]) -> Contexts:
@@ -180,6 +190,15 @@ def _policy_of_products(context: Any, operator: Any, *args: Any, **options: Any)
     if operator in products or operator.name() == "longtake::mlp":
         return CheckpointPolicy.MUST_SAVE
     return _policy(context, operator, *args, **options)
+
+
+def _policy_of_narrow_products(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    aten = torch.ops.aten
+    if operator in (aten.mm.default, aten.addmm.default):
+        rows, columns = args[-2:]
+        wide = columns.shape[1] > rows.shape[1]
+        return CheckpointPolicy.PREFER_RECOMPUTE if wide else CheckpointPolicy.MUST_SAVE
+    return _policy_of_products(context, operator, *args, **options)
 
 
 def _attention() -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """How much of a forward is kept for its backward, where `activation_checkpointing: auto` leaves that to memory.
 
-In the first iterations one block of a network keeps all, one the results of attention and matrix products, one those of
-attention alone, and the others nothing. What each of these kept, and the most memory that was held meanwhile, are
+In the first iterations one block of a network keeps all, one the results of attention and matrix products, one these
+without the widest, one those of attention alone, and the others nothing. What each of these kept, and the most memory that was held meanwhile, are
 measured. From then on as much is kept as there is room for: first what costs the most to compute again beside what it
 takes to keep, which is attention. The mathematics is the same. It must know no objective and no file.
 """
@@ -30,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 # What backward may compute again of a block, each less than the one before it, and which block tries it first; all
 # others begin as the first way says.
-TRIALS: dict[Again, int] = {True: 2, "selective": -1, "products": 1, False: 0}
+TRIALS: dict[Again, int] = {True: 3, "selective": -1, "narrow": 2, "products": 1, False: 0}
 FEWEST_BLOCKS = len(TRIALS)  # of a network
 ROOM = 0.85  # of the memory that this process can have; the rest is for fragments and what comes rarely, as validation
 GIB = 2**30
 _WORDS: dict[Again, str] = {
     True: "all",
     "selective": "all but attention",
+    "narrow": "wide products and element-wise work",
     "products": "element-wise work",
     False: "nothing",
 }
@@ -69,12 +70,12 @@ def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]
 
 
 def tried_first(kept: Mapping[Again, int]) -> int:
-    """Bytes that the first block kept, because it tried to, beyond what the first way leaves: part of the most that was
-    held, and gone with the trial. It still had them whenever another block's backward held the most. What others tried
-    is not counted: it makes up for the last block, which is computed again in full beside all others once it tries
-    nothing. Args: `kept`, bytes of a block by way.
+    """Bytes that the first blocks kept, because they tried to, beyond what the first way leaves: part of the most that
+    was held, and gone with the trial. They still had them whenever another block's backward held the most. What the
+    second tried is not counted: it makes up for the last block, which is computed again in full beside all others once
+    it tries nothing. Args: `kept`, bytes of a block by way.
     """
-    return kept[False] - kept[True]
+    return sum(kept[way] - kept[True] for way in (False, "narrow") if way in kept)
 
 
 def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
@@ -113,10 +114,12 @@ def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, h
 
 
 def _off(work: Callable[..., Tensor], given: Sequence[Tensor], *, alone: bool) -> list[float]:
-    """How far gradients are from what they are otherwise where `work` keeps products alone. Args: as `made_again`."""
-    runs = made_again(work, alone=alone), work
-    found, truth = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in runs)
-    return [beside(one, other) for one, other in zip(found, truth, strict=True)]
+    """How far gradients are from what they are otherwise where `work` keeps products alone, and narrow ones alone.
+    Args: as `made_again`.
+    """
+    runs = work, made_again(work, alone=alone), made_again(work, "narrow", alone=alone)
+    truth, *others = (torch.autograd.grad(run(*given).float().square().sum(), given) for run in runs)
+    return [beside(one, other) for found in others for one, other in zip(found, truth, strict=True)]
 
 
 @dataclass(eq=False)

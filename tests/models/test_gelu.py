@@ -10,9 +10,9 @@ from torch import Tensor
 
 from longtake.models import gelu
 from longtake.models.execution import Execution
-from longtake.models.gelu import mlp_with_gradient
+from longtake.models.gelu import FirstLayerAgain, mlp_with_gradient
 from longtake.models.layers import MLP
-from longtake.models.recompute import keep_attention, keep_products
+from longtake.models.recompute import keep_attention, keep_narrow_products, keep_products
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -28,6 +28,21 @@ def weights(layers: MLP) -> list[Any]:
 
 def gradients(out: Tensor, given: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(out.square().sum(), [t for t in given if t.requires_grad]))
+
+
+def test_the_wide_result_is_let_go_and_made_again_where_narrow_products_are_kept(rel):
+    layers, x = problem()
+    truth = gradients(layers(x, Execution()), [x, *weights(layers)])
+    held: list[int] = []
+
+    def pack(kept: Tensor) -> Tensor:
+        held.append(kept.numel())
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), FirstLayerAgain():
+        made = mlp_with_gradient(x, *weights(layers))
+    assert 50 * 72 not in held and 50 * 24 in held
+    assert all(rel(own, one) < 1e-5 for own, one in zip(gradients(made, [x, *weights(layers)]), truth, strict=True))
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 3), (2,), (0, 1, 2, 3)])
@@ -46,7 +61,9 @@ def test_what_needs_no_gradient_is_not_computed():
     layers, x = problem()
     made = mlp_with_gradient(x.detach(), *weights(layers))
     assert all(g is not None for g in gradients(made, weights(layers)))
-    torch.library.opcheck(torch.ops.longtake.mlp.default, (x.detach(), *(w.detach() for w in weights(layers))))
+    for again in (False, True):
+        given = x.detach(), *(w.detach() for w in weights(layers)), again
+        torch.library.opcheck(torch.ops.longtake.mlp.default, given)
 
 
 def test_where_products_are_kept_nothing_of_it_runs_again(monkeypatch, rel):
@@ -58,7 +75,8 @@ def test_where_products_are_kept_nothing_of_it_runs_again(monkeypatch, rel):
     def work(x: Tensor) -> Tensor:
         return mlp_with_gradient(x.sin(), *weights(layers)).cos()
 
-    truth, wanted = gradients(work(x), [x, *weights(layers)]), {None: 1, keep_attention: 2, keep_products: 1}
+    truth, wanted = gradients(work(x), [x, *weights(layers)]), {None: 1, keep_attention: 2}
+    wanted |= {keep_narrow_products: 1, keep_products: 1}
     for context, count in wanted.items():
         calls.clear()
         options = {} if context is None else {"context_fn": context}

@@ -71,8 +71,9 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
     model = tiny_model(True).executed(Execution(fused_shards=fused_shards))
     model = parallelize(model, Mesh(), recompute=by_block)
     plain = tiny_model(True)
-    some, products = "selective", "products"
-    for ways in (None, (False, True), (some, True), (False, some), (False, False), (True, True), (products, True)):
+    some, products, narrow = "selective", "products", "narrow"
+    pairs = (False, True), (some, True), (False, some), (False, False), (True, True), (products, True), (narrow, products)
+    for ways in (None, *pairs):
         one = plain if ways is None else model
         by_block.follow(ways or ())
         one.zero_grad()
@@ -80,7 +81,7 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
         counted = Counted()
         found.append(gradients(one, loss, counted))
         counts.append(counted.count)
-    assert counts == [0, 3, 5, 2, 0, 6, 5]  # of two blocks with three attentions each, of which one is to itself
+    assert counts == [0, 3, 5, 2, 0, 6, 5, 4]  # of two blocks with three attentions each, of which one is to itself
     assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
 
 

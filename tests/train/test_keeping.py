@@ -25,20 +25,21 @@ from longtake.parallel.mesh import Mesh
 from longtake.train import job, keeping, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan, tried_first
 
-KEPT: dict[Again, int] = {True: 10, "selective": 30, "products": 60, False: 100}
+KEPT: dict[Again, int] = {True: 10, "selective": 30, "narrow": 45, "products": 60, False: 100}
 
 
 @pytest.mark.parametrize(
     ("spare", "expected"),
     [
-        (-5, [8, 0, 0, 0]),  # not even what there is fits
-        (19, [8, 0, 0, 0]),
-        (79, [5, 3, 0, 0]),  # attention first: 20 a block
-        (159, [1, 7, 0, 0]),
-        (220, [0, 6, 2, 0]),  # then products: 30 more each
-        (400, [0, 0, 8, 0]),
-        (480, [0, 0, 6, 2]),  # then all
-        (10**6, [0, 0, 0, 8]),
+        (-5, [8, 0, 0, 0, 0]),  # not even what there is fits
+        (19, [8, 0, 0, 0, 0]),
+        (79, [5, 3, 0, 0, 0]),  # attention first: 20 a block
+        (159, [1, 7, 0, 0, 0]),
+        (220, [0, 4, 4, 0, 0]),  # then products that are not wide: 15 more each
+        (295, [0, 0, 7, 1, 0]),  # then the wide ones: as much
+        (400, [0, 0, 0, 8, 0]),
+        (480, [0, 0, 0, 6, 2]),  # then all
+        (10**6, [0, 0, 0, 0, 8]),
     ],
 )
 def test_attention_is_kept_first_then_products_then_all(spare, expected):
@@ -51,7 +52,7 @@ def test_where_no_results_can_be_kept_alone_whole_blocks_are():
     kept = {way: KEPT[way] for way in (True, False)}
     assert plan(kept, 8, 299) == {True: 5, False: 3} and plan(kept, 8, 10**6) == {False: 8}
     assert first_ways(6, selective=False) == [False, *[True] * 5]
-    assert first_ways(6, selective=True) == [False, "products", True, True, True, "selective"]
+    assert first_ways(6, selective=True) == [False, "products", "narrow", True, True, "selective"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_where_no_results_can_be_kept_alone_whole_blocks_are():
     [
         (0, [True] * 5),
         (40_000, ["selective"] * 2 + [True] * 3),
-        (560_000, ["products"] * 3 + ["selective"] * 2),
+        (390_000, ["narrow"] * 3 + ["selective"] * 2),
+        (660_000, ["products"] * 3 + ["narrow"] * 2),
         (2**30, [False] * 5),
     ],
 )
@@ -97,10 +99,10 @@ def test_what_blocks_keep_is_measured_and_decided_once(
     assert keeper.settled and by_block.ways == expected
     assert sum(keeper.decided["critic"].values()) == 5
     assert len(caplog.records) == 1 and "critic: backward computes again" in caplog.text
-    nothing, attention, products, whole = keeper.watched[0].most.values()
-    # A block leaves its result; attention's results and the sums of rows beside; those of products; all of it.
+    nothing, attention, narrow, products, whole = keeper.watched[0].most.values()
+    # A block leaves its result; attention's results and the sums of rows beside; those of products, but for the widest; all of it.
     result = x.shape[0] * 9 * 6 * model.config.dim * 4
-    assert nothing == result and nothing < attention < products < whole
+    assert nothing == result and nothing < attention < narrow < products < whole
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
     memory.begin()
     assert torch.equal(update(), first)
@@ -125,9 +127,9 @@ class Stated(Memory):
         return int((1000 + self.spare) / ROOM) + 1
 
 
-@pytest.mark.parametrize("spares, expected", [((10**6, 79 - 90), [5, 3, 0, 0]), ((220 - 90, 400 - 90), [0, 6, 2, 0])])
+@pytest.mark.parametrize("spares, expected", [((10**6, 79 - 125), [5, 3, 0, 0, 0]), ((220 - 125, 400 - 125), [0, 4, 4, 0, 0])])
 def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
-    """Else one would wait in backward for exchanges that another does not make. 90 bytes were kept to be measured."""
+    """Else one would wait in backward for exchanges that another does not make. 125 bytes were kept to be measured."""
 
     def decide(mesh):
         by_block = ByBlock(first_ways(8, selective=True))
@@ -139,7 +141,7 @@ def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
     assert on_ranks(decide) == [expected, expected]
 
 
-@pytest.mark.parametrize("forms, expected", [((0, 0), [0, 0, 0, 8]), ((1, 0), [0, 0, 8, 0]), ((1, 2), [8, 0, 0, 0])])
+@pytest.mark.parametrize("forms, expected", [((0, 0), [0, 0, 0, 0, 8]), ((1, 0), [0, 0, 0, 8, 0]), ((1, 2), [8, 0, 0, 0, 0])])
 def test_recorded_calls_each_hold_what_they_keep(forms, expected):
     """A kind of call that is recorded holds its memory while another one runs: 1000 bytes to work in, and what is kept."""
     watched = []
@@ -153,7 +155,7 @@ def test_recorded_calls_each_hold_what_they_keep(forms, expected):
 
 
 def test_ranks_of_which_one_alone_records_decide_alike():
-    """A recording that failed on one: the other has 90 bytes of the first block again, and it has not."""
+    """A recording that failed on one: the other has 125 bytes of the first blocks again, and it has not."""
 
     def decide(mesh):
         by_block = ByBlock(first_ways(8, selective=True))
@@ -163,7 +165,7 @@ def test_ranks_of_which_one_alone_records_decide_alike():
         Keeper([watched], mesh, ["critic"], lambda step: ["critic"], 1, Stated(1158)).passed(0)
         return [list(by_block.ways).count(way) for way in KEPT]
 
-    assert on_ranks(decide) == [[5, 3, 0, 0]] * 2  # (1158 - 1000) / 2 = 79
+    assert on_ranks(decide) == [[5, 3, 0, 0, 0]] * 2  # (1158 - 1000) / 2 = 79
 
 
 def test_what_one_rank_cannot_keep_none_does(workshop, tmp_path, monkeypatch, tiny_model):
