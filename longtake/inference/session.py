@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longtake.condition import Condition
 from longtake.errors import ConfigError, nearest
-from longtake.inference.frames import Frames, to_frames
+from longtake.inference.frames import Frames, Piece, to_frames
 from longtake.inference.host_history import HostHistory
 from longtake.inference.pipeline import Pipeline, check_prompt
 from longtake.inference.sampling import stream_noise
@@ -179,7 +179,7 @@ class Session:
         Raises: ConfigError when a student that keeps every frame has reached `max_frames`; DataError for frames that
         are not finite.
         """
-        frames, state = self._made(None)
+        frames, state = self._made()
         array = frames.array()
         self._advance(state)
         return array
@@ -191,13 +191,17 @@ class Session:
         while not self.is_complete:
             yield self.next()
 
-    def begin(self, check: Callable[[], None] | None = None) -> Frames:
+    def begin(
+        self, check: Callable[[], None] | None = None, early: Callable[[Piece, int], None] | None = None
+    ) -> Frames:
         """The next frames as `next` gives them, but on their way here: work may still run.
 
         `check` is called between the steps of a block; what it raises ends the call, which then has changed nothing.
+        Where a block comes in pieces, `early` is called with the first of them, and with how many frames the block
+        has, before the others are decoded, which a CPU does in this call.
         Raises: as `next`.
         """
-        frames, state = self._made(check)
+        frames, state = self._made(check, early)
         self._advance(state)
         return frames
 
@@ -213,7 +217,9 @@ class Session:
         return [state.stream for state in (*self._history, self.state) if state.stream is not None]
 
     @torch.no_grad()
-    def _made(self, check: Callable[[], None] | None) -> tuple[Frames, SessionState]:
+    def _made(
+        self, check: Callable[[], None] | None = None, early: Callable[[Piece, int], None] | None = None
+    ) -> tuple[Frames, SessionState]:
         """The next frames, and where the session stands then. What the two share is what a further try can use."""
         self._check_length()
         state = self._new_scene() if self.cut else self._next_state()
@@ -231,6 +237,9 @@ class Session:
         head = 1 if shown <= 1 or state.inputs is not self.state.inputs else latents.shape[1]
         frames = Frames(state.decoder.decode(latents[:, :head])[0], state.num_frames)
         if head < latents.shape[1]:
+            if early is not None:
+                later = (latents.shape[1] - head) * self.generator.encoders.vae.temporal_stride
+                early(frames.pieces[0], len(frames) + later)
             frames.append(state.decoder.decode(latents[:, head:])[0])
         if self.generator.device.type == "cuda":  # while these frames are on their way
             state.encode(plan.block_of(state.stream.position)[1])

@@ -19,7 +19,6 @@ from torch import Tensor
 from longtake.models import trial
 from longtake.models.attention import has_triton
 
-
 _first_layer_again = ContextVar("_first_layer_again", default=False)
 
 

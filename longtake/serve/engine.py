@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from longtake.devices import num_cores
 from longtake.errors import ConfigError, LongtakeError, OutputError
-from longtake.inference.frames import Frames
+from longtake.inference.frames import Piece
 from longtake.inference.generator import Generator
 from longtake.inference.session import Session
 from longtake.serve.capacity import Capacity, Memory, measure, trim
@@ -71,6 +71,18 @@ class Turned:
 
 
 Output = Made | Lost | Turned
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Pieces of a block begun at `began`, from frame `first` on; `is_whole`: no more of it come."""
+
+    lane: Lane
+    block: Block
+    pieces: Sequence[Piece]
+    began: float
+    first: int
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class Engine:
         self._asked: deque[_Asked] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._on_their_way: queue.Queue[tuple[Lane, Block, Frames, float] | None] = queue.Queue()
+        self._on_their_way: queue.Queue[_Begun | None] = queue.Queue()
         self._room = threading.Semaphore(_AT_ONCE)
         self._threads = [
             threading.Thread(target=one, name=one.__name__, daemon=True) for one in (self._own, self._fetch)
@@ -247,9 +259,14 @@ class Engine:
         """Begins the next block of a session; one that cannot is closed, and the others go on."""
         while not self._room.acquire(timeout=1.0):
             self._check_fetching()
-        began, first = monotonic(), lane.session.num_frames
+        began, first, sent = monotonic(), lane.session.num_frames, list[Piece]()
+
+        def early(piece: Piece, count: int) -> None:
+            sent.append(piece)
+            self._on_their_way.put(_Begun(lane, Block(first, count, lane.number), sent[:], began, first))
+
         try:
-            frames = lane.session.begin(lambda: self._let_go(lane))
+            frames = lane.session.begin(lambda: self._let_go(lane), early)
             block = Block(first, len(frames), lane.number)
             lane.began(block, monotonic())
         except _Dropped:
@@ -260,7 +277,8 @@ class Engine:
             logger.exception("session %s cannot go on", lane.name)
             self._lose(lane, _plain(error))
             return
-        self._on_their_way.put((lane, block, frames, began))
+        rest, first = frames.pieces[len(sent) :], first + sum(map(len, sent))
+        self._on_their_way.put(_Begun(lane, block, rest, began, first, is_whole=True))
 
     def _let_go(self, lane: Lane) -> None:
         """Called between the steps of a block. Raises: _Dropped when a change waits that would take it back."""
@@ -293,24 +311,27 @@ class Engine:
 
     # ---- the thread that waits for frames ---------------------------------------------------------------------------
     def _fetch(self) -> None:
-        now = 0.0  # when the block before has come out: until then the device was busy with it
+        before = now = 0.0  # when the block before has come out: until then the device was busy with it
+        smooth = 0.0  # since when a viewer can watch a block without a wait
         while (item := self._on_their_way.get()) is not None:
-            lane, block, frames, began = item
-            alone = max(began, now)
+            lane, block, first = item.lane, item.block, item.first
+            if first == block.first:
+                before, smooth = now, 0.0
             try:
-                first, smooth = block.first, 0.0  # since when a viewer can watch it without a wait
-                for piece in frames.pieces:
+                for piece in item.pieces:
                     array = piece.array()
                     now = monotonic()
-                    self._emit(Made(lane.name, block, first, array, lane.rewindable, now - alone))
+                    self._emit(Made(lane.name, block, first, array, lane.rewindable, now - max(item.began, before)))
                     smooth = max(smooth, now - (first - block.first) / lane.session.generator.fps)
                     first += len(array)
-                lane.came(block, now - began, smooth)
+                if item.is_whole:
+                    lane.came(block, now - item.began, smooth)
             except BaseException as error:
                 logger.exception("session %s cannot go on", lane.name)
                 self.call("lose", lane.name, _plain(error))
             finally:
-                self._room.release()
+                if item.is_whole:
+                    self._room.release()
                 self._on_their_way.task_done()
 
     # ---- what can be asked for --------------------------------------------------------------------------------------

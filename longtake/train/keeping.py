@@ -1,9 +1,10 @@
 """How much of a forward is kept for its backward, where `activation_checkpointing: auto` leaves that to memory.
 
 In the first iterations one block of a network keeps all, one the results of attention and matrix products, one these
-without the widest, one those of attention alone, and the others nothing. What each of these kept, and the most memory that was held meanwhile, are
-measured. From then on as much is kept as there is room for: first what costs the most to compute again beside what it
-takes to keep, which is attention. The mathematics is the same. It must know no objective and no file.
+without the widest, one those of attention alone, and the others nothing. What each of these kept, and the most memory
+that was held meanwhile, are measured. From then on as much is kept as there is room for: first what costs the most to
+compute again beside what it takes to keep, which is attention. The mathematics is the same. It must know no objective
+and no file.
 """
 
 from __future__ import annotations

@@ -189,5 +189,8 @@ def test_what_follows_a_change_comes_a_latent_first(generator, change, pieces):
     take(session, 3)
     if change != "none":
         setattr(session, change, B if change == "prompt" else 255 - PICTURE)
-    assert [len(piece) for piece in session.begin().pieces] == pieces
+    told = []
+    frames = session.begin(early=lambda piece, count: told.append((piece, count)))
+    assert [len(piece) for piece in frames.pieces] == pieces
+    assert told == ([(frames.pieces[0], len(frames))] if len(pieces) > 1 else [])
     assert [len(piece) for piece in session.begin().pieces] == ([4, 4] if change == "image" else [8])

@@ -72,7 +72,15 @@ def test_each_block_keeps_as_much_as_it_is_told(tiny_model, tiny_condition, tiny
     model = parallelize(model, Mesh(), recompute=by_block)
     plain = tiny_model(True)
     some, products, narrow = "selective", "products", "narrow"
-    pairs = (False, True), (some, True), (False, some), (False, False), (True, True), (products, True), (narrow, products)
+    pairs = (
+        (False, True),
+        (some, True),
+        (False, some),
+        (False, False),
+        (True, True),
+        (products, True),
+        (narrow, products),
+    )
     for ways in (None, *pairs):
         one = plain if ways is None else model
         by_block.follow(ways or ())

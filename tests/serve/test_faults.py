@@ -99,7 +99,7 @@ def test_blocks_of_the_session_before_are_not_taken_for_those_of_its_save(genera
             time.sleep(0.3)
             return self.frames.pieces
 
-    def held(self, check):
+    def held(self, check, _early):
         frames = whole(self, check)
         return frames if late.is_set() else Held(frames)
 

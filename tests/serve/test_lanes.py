@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longtake.serve import engine as engine_module
-from longtake.serve.engine import Engine
+from longtake.serve.engine import Engine, _Begun
 from longtake.serve.lanes import Block, Lane
 
 FPS, FRAMES = 16, 16
@@ -125,8 +125,8 @@ def test_seconds_of_a_block_are_those_of_the_device_for_it_alone(monkeypatch: py
     monkeypatch.setattr(engine_module, "monotonic", lambda: now[0])
     engine, one = Engine(cast(Any, None), out.append, 2, 2), lane()
     for number, (began, arrives) in enumerate([(0.0, 0.5), (0.125, 1.0), (2.0, 2.5)]):
-        item = one, Block(FRAMES * number, FRAMES, 0), SimpleNamespace(pieces=[Piece(now, arrives)]), began
-        engine._on_their_way.put(cast(Any, item))
+        first, pieces = FRAMES * number, cast(Any, [Piece(now, arrives)])
+        engine._on_their_way.put(_Begun(one, Block(first, FRAMES, 0), pieces, began, first, is_whole=True))
     engine._on_their_way.put(None)
     engine._fetch()
     assert [made.seconds for made in out] == [0.5] * 3
@@ -142,8 +142,9 @@ def test_a_change_has_come_when_it_can_be_watched_without_a_wait(
     one.change("prompt", "another", 1, 0.0, 0.0, drop=False)
     one.session.num_frames, one.shown = 48, 40
     one._changed = (1, 0.0)
-    pieces = [Piece(now, 0.375, 4), Piece(now, rest_at, 12)]
-    engine._on_their_way.put(cast(Any, (one, Block(48, FRAMES, 1), SimpleNamespace(pieces=pieces), 0.0)))
+    block, head, rest = Block(48, FRAMES, 1), Piece(now, 0.375, 4), Piece(now, rest_at, 12)
+    engine._on_their_way.put(_Begun(one, block, cast(Any, [head]), 0.0, 48))
+    engine._on_their_way.put(_Begun(one, block, cast(Any, [rest]), 0.0, 52, is_whole=True))
     engine._on_their_way.put(None)
     engine._fetch()
     assert list(one.turns) == [turn] and one.block_seconds == rest_at

@@ -14,6 +14,7 @@ import pytest
 from live_server import LiveClient, serving
 from tiny_sessions import PICTURE, A, B
 
+from longtake.encoders.sessions import DecoderSession
 from longtake.errors import ConfigError, LongtakeError, OutputError
 from longtake.inference.session import Session
 from longtake.lock import LOCK
@@ -94,7 +95,7 @@ def test_a_change_does_not_wait_for_a_block_that_it_drops(generator, monkeypatch
     """It is asked for in the middle of a block; the frames are those of a session that never began that one."""
     out, begun, asked, begin = [], [], [], Session.begin
 
-    def watched(session, check):
+    def watched(session, check, early):
         begun.append(session.num_frames)
 
         def check_after_asking():
@@ -102,7 +103,7 @@ def test_a_change_does_not_wait_for_a_block_that_it_drops(generator, monkeypatch
                 asked.append(engine.call("change", "one", "prompt", B, 1, monotonic(), True))
             check()
 
-        return begin(session, check_after_asking)
+        return begin(session, check_after_asking, early)
 
     def frames():
         return [one.frames for one in out if isinstance(one, Made)]
@@ -120,6 +121,39 @@ def test_a_change_does_not_wait_for_a_block_that_it_drops(generator, monkeypatch
     wanted = [alone.next(), alone.next()]
     alone.prompt = B
     assert np.array_equal(np.concatenate(frames()), np.concatenate([*wanted, alone.next()]))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_frames_come_out_before_the_rest_of_their_block_is_decoded(generator, monkeypatch, fails):
+    """On a CPU the call that begins a block decodes it whole. A session that fails then is lost, as at any time."""
+    out, calls, decode, seen = [], [], DecoderSession.decode, []
+
+    def lengths():
+        return [len(one.frames) for one in out if isinstance(one, Made)]
+
+    def wait(condition):
+        until = monotonic() + SECONDS
+        while not condition() and monotonic() < until:
+            sleep(0.005)
+
+    def watched(decoder, latents):
+        calls.append(latents.shape[1])
+        if len(calls) == 3:  # after the picture, and one latent frame
+            wait(lambda: len(lengths()) == 2)
+            seen.extend(lengths())
+            if fails:
+                raise MemoryError
+        return decode(decoder, latents)
+
+    with running(lambda: generator, out) as engine:
+        engine.ready.result(SECONDS)
+        monkeypatch.setattr(DecoderSession, "decode", watched)
+        engine.call("open", "one", PICTURE, A, seed=1).result(SECONDS)
+        wait(lambda: len(lengths()) == 3 or any(isinstance(one, Lost) for one in out))
+    assert calls[:3] == [1, 1, 1] and seen == [1, 4]
+    assert fails == any(isinstance(one, Lost) and isinstance(one.error, MemoryError) for one in out)
+    assert [one.block.count for one in out if isinstance(one, Made)][:2] == [1, 8]
+    assert fails or lengths()[:3] == [1, 4, 4]
 
 
 def test_blocks_are_not_waited_for_when_nobody_fetches_them(generator):

@@ -127,7 +127,9 @@ class Stated(Memory):
         return int((1000 + self.spare) / ROOM) + 1
 
 
-@pytest.mark.parametrize("spares, expected", [((10**6, 79 - 125), [5, 3, 0, 0, 0]), ((220 - 125, 400 - 125), [0, 4, 4, 0, 0])])
+@pytest.mark.parametrize(
+    "spares, expected", [((10**6, 79 - 125), [5, 3, 0, 0, 0]), ((220 - 125, 400 - 125), [0, 4, 4, 0, 0])]
+)
 def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
     """Else one would wait in backward for exchanges that another does not make. 125 bytes were kept to be measured."""
 
@@ -141,7 +143,9 @@ def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
     assert on_ranks(decide) == [expected, expected]
 
 
-@pytest.mark.parametrize("forms, expected", [((0, 0), [0, 0, 0, 0, 8]), ((1, 0), [0, 0, 0, 8, 0]), ((1, 2), [8, 0, 0, 0, 0])])
+@pytest.mark.parametrize(
+    "forms, expected", [((0, 0), [0, 0, 0, 0, 8]), ((1, 0), [0, 0, 0, 8, 0]), ((1, 2), [8, 0, 0, 0, 0])]
+)
 def test_recorded_calls_each_hold_what_they_keep(forms, expected):
     """A kind of call that is recorded holds its memory while another one runs: 1000 bytes to work in, and what is kept."""
     watched = []
