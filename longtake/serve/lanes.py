@@ -140,7 +140,7 @@ class Lane:
         last = self.blocks[-1].count if self.blocks else 0
         shortest, longest = (each(self.turns, default=_TURN * self.block_seconds) for each in (min, max))
         # None of the latest ones may have had another session's block between.
-        seconds = max(self.block_seconds, longest, shortest + others) + _SENDING_SECONDS
+        seconds = max(longest, shortest + others) + _SENDING_SECONDS
         return min(last, math.ceil(seconds * self.session.generator.fps))
 
     def fork(self, name: str) -> Lane:

@@ -72,6 +72,14 @@ def test_a_turn_with_its_rebuild_counts_and_not_a_block_alone() -> None:
     assert change(one, 26, at=9.0, told=9.0, number=2) == 64  # 6 frames are less than 0.65 s
 
 
+def test_what_follows_a_change_may_come_before_a_block_would_be_whole() -> None:
+    """Its first frames go out before the others are decoded, and no context of a block before it is to be stored."""
+    one = lane(4)
+    one.came(one.blocks[-1], 0.5, 1.0)
+    one.turns.append(0.3)
+    assert change(one, 26, at=2.0, told=2.0) == 32  # and not in 0.55 s
+
+
 def test_a_block_of_another_session_may_come_between() -> None:
     alone, shared = lane(), lane()
     for one in (alone, shared):
