@@ -219,9 +219,7 @@ class Engine:
 
     def _serve(self) -> None:
         self._generator = self._build()
-        if self._generator.device.type == "cpu":
-            # A core for encoding and sending: threads that share their cores with others wait for each other.
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() - 1)))
+        self._cpu_threads = [max(1, min(torch.get_num_threads(), num_cores() - less)) for less in (1, 0)]
         self.model = Model.of(self._generator, self._history)
         self.ready.set_result(self.model)
         while True:
@@ -260,6 +258,8 @@ class Engine:
         while not self._room.acquire(timeout=1.0):
             self._check_fetching()
         began, first, sent = monotonic(), lane.session.num_frames, list[Piece]()
+        if self._generator.device.type == "cpu":  # a core encodes and sends, unless all wait for what follows a change
+            torch.set_num_threads(self._cpu_threads[lane.is_changing])
 
         def early(piece: Piece, count: int) -> None:
             sent.append(piece)
@@ -312,13 +312,13 @@ class Engine:
     # ---- the thread that waits for frames ---------------------------------------------------------------------------
     def _fetch(self) -> None:
         before = now = 0.0  # when the block before has come out: until then the device was busy with it
-        smooth = 0.0  # since when a viewer can watch a block without a wait
+        smooth, lost = 0.0, ""  # since when a viewer can watch a block without a wait; whose rest does not come
         while (item := self._on_their_way.get()) is not None:
             lane, block, first = item.lane, item.block, item.first
             if first == block.first:
-                before, smooth = now, 0.0
+                before, smooth, lost = now, 0.0, ""
             try:
-                for piece in item.pieces:
+                for piece in () if lane.name == lost else item.pieces:
                     array = piece.array()
                     now = monotonic()
                     self._emit(Made(lane.name, block, first, array, lane.rewindable, now - max(item.began, before)))
@@ -328,6 +328,7 @@ class Engine:
                     lane.came(block, now - item.began, smooth)
             except BaseException as error:
                 logger.exception("session %s cannot go on", lane.name)
+                lost = lane.name
                 self.call("lose", lane.name, _plain(error))
             finally:
                 if item.is_whole:

@@ -12,7 +12,7 @@ from longtake.errors import ConfigError
 from longtake.inference.session import Session
 
 _TURN = 1.5  # blocks that a change takes, as long as none was measured: its own, and a rebuilt cache
-_SENDING_SECONDS = 0.05  # from the end of a block until it is encoded and has come to the viewer
+_SENDING_SECONDS = 0.04  # from when the first frames after a change are there until they have come to the viewer
 _REPORT_SECONDS = 0.5  # a viewer that plays says within this what it has seen
 
 
@@ -63,6 +63,11 @@ class Lane:
     def wants(self) -> bool:
         """Whether a block would be made if nobody else wanted one."""
         return not self.paused and self.session.num_frames - self.shown < self.ahead
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether no block that follows the latest change has come yet."""
+        return self._changed is not None
 
     def began(self, block: Block, now: float) -> None:
         """A block has been begun."""

@@ -54,7 +54,7 @@ def change(one: Lane, shown: int, *, at: float, told: float, number: int = 1, as
 
 def test_blocks_that_are_seen_before_the_next_can_come_stay() -> None:
     fast, slow = lane(), lane()
-    fast.came(fast.blocks[-1], 0.2, 1.0)  # 0.3 s with a rebuild, and 0.05 s to the viewer: 6 frames
+    fast.came(fast.blocks[-1], 0.2, 1.0)  # 0.3 s with a rebuild, and 0.04 s to the viewer: 6 frames
     slow.came(slow.blocks[-1], 0.5, 1.0)
     assert change(fast, 26, at=2.0, told=2.0) == 32  # 6 frames are left of the block on the screen
     assert change(slow, 24, at=2.0, told=2.0) == 48
@@ -69,7 +69,7 @@ def test_a_turn_with_its_rebuild_counts_and_not_a_block_alone() -> None:
     one.came(Block(first, FRAMES, 1), 0.3, 2.6)
     assert list(one.turns) == [pytest.approx(0.6)]
     one.session.num_frames = 64
-    assert change(one, 26, at=9.0, told=9.0, number=2) == 64  # 6 frames are less than 0.65 s
+    assert change(one, 26, at=9.0, told=9.0, number=2) == 64  # 6 frames are less than 0.64 s
 
 
 def test_what_follows_a_change_may_come_before_a_block_would_be_whole() -> None:
@@ -77,7 +77,7 @@ def test_what_follows_a_change_may_come_before_a_block_would_be_whole() -> None:
     one = lane(4)
     one.came(one.blocks[-1], 0.5, 1.0)
     one.turns.append(0.3)
-    assert change(one, 26, at=2.0, told=2.0) == 32  # and not in 0.55 s
+    assert change(one, 26, at=2.0, told=2.0) == 32  # and not in 0.54 s
 
 
 def test_a_block_of_another_session_may_come_between() -> None:
