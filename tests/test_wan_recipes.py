@@ -45,7 +45,7 @@ def test_the_recipes_that_are_promised():
             [
                 *("i2v_1_3b/teacher_forcing.yaml", "i2v_1_3b/distill.yaml", "i2v_1_3b/distill_window12.yaml"),
                 *("i2v_1_3b/i2v.yaml", "i2v_14b/distill_1_3b.yaml", "i2v_14b/teacher_forcing.yaml"),
-                *("i2v_1_3b/ode_regression.yaml", "i2v_1_3b/long.yaml"),
+                "i2v_1_3b/ode_regression.yaml",
                 *(
                     f"i2v_1_3b/{stage}_{card}.yaml"
                     for stage in ("teacher_forcing", "distill")
