@@ -1,10 +1,10 @@
 """How much of a forward is kept for its backward, where `activation_checkpointing: auto` leaves that to memory.
 
-In the first iterations one block of a network keeps all, one the results of attention and matrix products, one these
-without the widest, one those of attention alone, and the others nothing. What each of these kept, and the most memory
-that was held meanwhile, are measured. From then on as much is kept as there is room for: first what costs the most to
-compute again beside what it takes to keep, which is attention. The mathematics is the same. It must know no objective
-and no file.
+In the first iterations one block of a network keeps all, one the results of attention and matrix products, one those of
+attention alone, and the others nothing. What each of these kept, and the most memory that was held meanwhile, are
+measured; what products take without the first one of an MLP, the widest, is reckoned. From then on as much is kept as
+there is room for: first what costs the most to compute again beside what it takes to keep, which is attention. The
+mathematics is the same. It must know no objective and no file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 # What backward may compute again of a block, each less than the one before it, and which block tries it first; all
 # others begin as the first way says.
-TRIALS: dict[Again, int] = {True: 3, "selective": -1, "narrow": 2, "products": 1, False: 0}
+TRIALS: dict[Again, int] = {True: 2, "selective": -1, "products": 1, False: 0}
 FEWEST_BLOCKS = len(TRIALS)  # of a network
 ROOM = 0.85  # of the memory that this process can have; the rest is for fragments and what comes rarely, as validation
 GIB = 2**30
-_WORDS: dict[Again, str] = {
+_WORDS: dict[Again, str] = {  # from the least that is kept on
     True: "all",
     "selective": "all but attention",
     "narrow": "wide products and element-wise work",
@@ -71,12 +71,12 @@ def plan(kept: Mapping[Again, int], blocks: int, spare: int) -> dict[Again, int]
 
 
 def tried_first(kept: Mapping[Again, int]) -> int:
-    """Bytes that the first blocks kept, because they tried to, beyond what the first way leaves: part of the most that
-    was held, and gone with the trial. They still had them whenever another block's backward held the most. What the
-    second tried is not counted: it makes up for the last block, which is computed again in full beside all others once
-    it tries nothing. Args: `kept`, bytes of a block by way.
+    """Bytes that the first block kept, because it tried to, beyond what the first way leaves: part of the most that was
+    held, and gone with the trial. It still had them whenever another block's backward held the most. What others tried
+    is not counted: it makes up for the last block, which is computed again in full beside all others once it tries
+    nothing. Args: `kept`, bytes of a block by way.
     """
-    return sum(kept[way] - kept[True] for way in (False, "narrow") if way in kept)
+    return kept[False] - kept[True]
 
 
 def keeps_some(execution: Execution, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
@@ -135,6 +135,7 @@ class Watched:
     forms: Callable[[], int] = lambda: 0
     now: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
     most: dict[Again, int] = field(default_factory=lambda: dict.fromkeys(TRIALS, 0))
+    wide: list[int] = field(default_factory=lambda: [0, 0])  # of these the first products of MLPs: now, and the most
     hooks: list[Any] = field(default_factory=list)
 
     def watch(self, held: Callable[[], int]) -> None:
@@ -154,11 +155,19 @@ class Watched:
 
             block = self.blocks[number]
             self.hooks += [block.register_forward_pre_hook(begins), block.register_forward_hook(ends)]
+            if way == "products":
+                layers = [layer for layer in block.modules() if isinstance(layer, MLP)]
+                self.hooks += [layer.register_forward_hook(self._widens) for layer in layers]
+
+    def _widens(self, layers: Any, _inputs: Any, out: Tensor) -> None:
+        if _leaves_something():
+            self.wide[0] += out.numel() // out.shape[-1] * layers[0].out_features * out.element_size()
 
     def passed(self) -> None:
         """An iteration is complete."""
         self.most = {way: max(size, self.now[way]) for way, size in self.most.items()}
         self.now = dict.fromkeys(TRIALS, 0)
+        self.wide = [0, max(self.wide)]
 
     def kept(self, micro_batches: int) -> dict[Again, int]:
         """Bytes that a block left for the backward of one of so many, by way, in the iteration that kept the most. It
@@ -168,7 +177,10 @@ class Watched:
             hook.remove()
         self.hooks.clear()
         tried = [way for way, number in TRIALS.items() if self.by_block.ways[number] == way]
-        return {way: self.most[way] // micro_batches for way in tried}
+        found = {way: self.most[way] // micro_batches for way in tried}
+        if "products" in found:
+            found["narrow"] = max(found["selective"], found["products"] - self.wide[1] // micro_batches)
+        return {way: found[way] for way in _WORDS if way in found}
 
 
 def _leaves_something() -> bool:
@@ -264,7 +276,7 @@ class Keeper:
                 one.by_block.follow([True] * count)
                 continue
             chosen = plan(kept, count, least)
-            one.by_block.follow([way for way in reversed(TRIALS) for _ in range(chosen.get(way, 0))])
+            one.by_block.follow([way for way in reversed(_WORDS) for _ in range(chosen.get(way, 0))])
             self.decided[one.name] = {_WORDS[way]: each for way, each in chosen.items()}
             logger.info(
                 "%s: backward computes again %s; that keeps %.1f GiB more where %.1f were to spare beside %.1f "

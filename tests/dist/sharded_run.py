@@ -159,7 +159,7 @@ def as_trained(mesh: Mesh) -> dict[str, Any]:
     """A network that is wide enough for a GPU to fuse, sharded and whole, made as `train/networks.py` makes them."""
     dtype, device, found, gradients = torch.bfloat16, mesh.device, {}, {}
     for name, ranks in (("sharded", mesh), ("whole", Mesh(device=device))):  # the first one compiles
-        model = make_tiny_model(True, num_layers=5, dim=1024, ffn_dim=4096, num_heads=8, freq_dim=64).to(device)
+        model = make_tiny_model(True, num_layers=4, dim=1024, ffn_dim=4096, num_heads=8, freq_dim=64).to(device)
         how = {"sharded": name == "sharded", "compiled": False}
         model = model.executed(replace(model.execution, fused_shards=how["sharded"]))
         model = model.executed(quick(model, device, dtype, None, **how))

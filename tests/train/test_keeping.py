@@ -26,6 +26,7 @@ from longtake.train import job, keeping, networks
 from longtake.train.keeping import ROOM, Keeper, Memory, Watched, first_ways, plan, tried_first
 
 KEPT: dict[Again, int] = {True: 10, "selective": 30, "narrow": 45, "products": 60, False: 100}
+SEEN, WIDE = {way: size for way, size in KEPT.items() if way != "narrow"}, 15
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_where_no_results_can_be_kept_alone_whole_blocks_are():
     kept = {way: KEPT[way] for way in (True, False)}
     assert plan(kept, 8, 299) == {True: 5, False: 3} and plan(kept, 8, 10**6) == {False: 8}
     assert first_ways(6, selective=False) == [False, *[True] * 5]
-    assert first_ways(6, selective=True) == [False, "products", "narrow", True, True, "selective"]
+    assert first_ways(6, selective=True) == [False, "products", True, True, True, "selective"]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,10 @@ def test_what_blocks_keep_is_measured_and_decided_once(
     assert keeper.settled and by_block.ways == expected
     assert sum(keeper.decided["critic"].values()) == 5
     assert len(caplog.records) == 1 and "critic: backward computes again" in caplog.text
-    nothing, attention, narrow, products, whole = keeper.watched[0].most.values()
-    # A block leaves its result; attention's results and the sums of rows beside; those of products, but for the widest; all of it.
+    nothing, attention, products, whole = keeper.watched[0].most.values()
+    # A block leaves its result; attention's results and the sums of rows beside; those of products; all of it.
     result = x.shape[0] * 9 * 6 * model.config.dim * 4
-    assert nothing == result and nothing < attention < narrow < products < whole
+    assert nothing == result and nothing < attention < products < whole
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
     memory.begin()
     assert torch.equal(update(), first)
@@ -128,15 +129,15 @@ class Stated(Memory):
 
 
 @pytest.mark.parametrize(
-    "spares, expected", [((10**6, 79 - 125), [5, 3, 0, 0, 0]), ((220 - 125, 400 - 125), [0, 4, 4, 0, 0])]
+    "spares, expected", [((10**6, 79 - 90), [5, 3, 0, 0, 0]), ((220 - 90, 400 - 90), [0, 4, 4, 0, 0])]
 )
 def test_ranks_decide_alike_by_what_the_fullest_has_to_spare(spares, expected):
-    """Else one would wait in backward for exchanges that another does not make. 125 bytes were kept to be measured."""
+    """Else one would wait in backward for exchanges that another does not make. 90 bytes were kept to be measured."""
 
     def decide(mesh):
         by_block = ByBlock(first_ways(8, selective=True))
         watched = Watched("critic", torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8)), by_block)
-        watched.most = {way: size - mesh.rank for way, size in KEPT.items()}
+        watched.most, watched.wide = {way: size - mesh.rank for way, size in SEEN.items()}, [0, WIDE]
         Keeper([watched], mesh, ["critic"], lambda step: ["critic"], 1, Stated(spares[mesh.rank])).passed(0)
         return [list(by_block.ways).count(way) for way in KEPT]
 
@@ -153,19 +154,19 @@ def test_recorded_calls_each_hold_what_they_keep(forms, expected):
         by_block = ByBlock(first_ways(8, selective=True))
         blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8))
         watched.append(Watched("critic", blocks, by_block, lambda number=number: number))
-        watched[-1].most = dict(KEPT)
+        watched[-1].most, watched[-1].wide = dict(SEEN), [0, WIDE]
     Keeper(watched, Mesh(), ["critic"], lambda step: ["critic"], 1, Stated(1800)).passed(0)
     assert [[list(one.by_block.ways).count(way) for way in KEPT] for one in watched] == [expected] * 2
 
 
 def test_ranks_of_which_one_alone_records_decide_alike():
-    """A recording that failed on one: the other has 125 bytes of the first blocks again, and it has not."""
+    """A recording that failed on one: the other has 90 bytes of the first block again, and it has not."""
 
     def decide(mesh):
         by_block = ByBlock(first_ways(8, selective=True))
         blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8))
         watched = Watched("critic", blocks, by_block, lambda: mesh.rank)
-        watched.most = dict(KEPT)
+        watched.most, watched.wide = dict(SEEN), [0, WIDE]
         Keeper([watched], mesh, ["critic"], lambda step: ["critic"], 1, Stated(1158)).passed(0)
         return [list(by_block.ways).count(way) for way in KEPT]
 
