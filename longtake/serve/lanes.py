@@ -66,7 +66,7 @@ class Lane:
 
     @property
     def is_changing(self) -> bool:
-        """Whether no block that follows the latest change has come yet."""
+        """Whether the first block that follows a change is still to come."""
         return self._changed is not None
 
     def began(self, block: Block, now: float) -> None:

@@ -158,6 +158,20 @@ def test_a_change_has_come_when_it_can_be_watched_without_a_wait(
     assert list(one.turns) == [turn] and one.block_seconds == rest_at
 
 
+def test_the_rest_of_a_block_does_not_come_without_its_beginning() -> None:
+    """Its session is lost; the next block of another one comes as ever."""
+    out: list[Any] = []
+    engine, lanes = Engine(cast(Any, None), out.append, 2, 2), (lane(), lane())
+    lanes[1].name = "two"
+    block, broken = Block(48, FRAMES, 0), SimpleNamespace(array=lambda: 1 / 0)
+    engine._on_their_way.put(_Begun(lanes[0], block, cast(Any, [broken]), 0.0, 48))
+    for one, first in zip(lanes, (52, 48), strict=True):
+        engine._on_their_way.put(_Begun(one, block, cast(Any, [Piece([0.0], 1.0)]), 0.0, first, is_whole=True))
+    engine._on_their_way.put(None)
+    engine._fetch()
+    assert [made.session for made in out] == ["two"] and [one.operation for one in engine._asked] == ["lose"]
+
+
 @pytest.mark.parametrize(("shown", "drops"), [(16, True), (43, False)])
 def test_a_block_is_let_go_for_a_change_that_would_drop_it(shown: int, drops: bool) -> None:
     """The one in the making begins at frame 48; who has seen 43 has 0.3 s left, less than another one takes."""
