@@ -72,7 +72,7 @@ class GaussianVideos:
 
 
 class ExactNetwork(nn.Module):
-    """A network over `[context | noisy]` that knows the exact answer: of a diffusion model, or (`few_step`) of a model
+    """A network over the `[context | noisy]` of `PackedClip` that knows the exact answer: of a diffusion model, or (`few_step`) of a model
     whose one step ends where the flow does.
     """
 
@@ -82,10 +82,12 @@ class ExactNetwork(nn.Module):
         self.config = SimpleNamespace(condition_channels=int(i2v), out_channels=SHAPE[0])
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition, context: Any = None) -> Tensor:
-        frames = self.videos.num_frames
-        mean, noisy, level = self.videos.mean(x[:, :frames]), x[:, frames:], sigma[:, frames:]
+        frames, plan = self.videos.num_frames, self.videos.plan
+        last = plan.block_of(frames - 1)[0]  # which no later block sees
+        clean = torch.cat([x[:, :last], x.new_zeros(len(x), frames - last, *x.shape[2:])], 1)
+        mean, noisy, level = self.videos.mean(clean)[:, plan.given_frames :], x[:, last:], sigma[:, last:]
         if self.few_step:
             velocity = (noisy - self.videos.end(mean, noisy, level)) / per_frame(level).clamp(min=1e-6)
         else:
             velocity = self.videos.velocity(mean, noisy, level)
-        return torch.cat([torch.zeros_like(noisy), velocity], 1)
+        return torch.cat([torch.zeros_like(x[:, :last]), velocity], 1)

@@ -45,6 +45,9 @@ def _mlp(
     x: Tensor, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor, again: bool
 ) -> tuple[Tensor, Tensor]:
     """The result, and that of the first layer; without rows, where backward makes it again."""
+    if again and x.is_cuda:  # nobody asks for the first layer's result: cuBLAS has GELU (tanh) behind its product
+        made = torch._addmm_activation(first_bias, x, first.t(), use_gelu=True)
+        return torch.addmm(last_bias, made, last.t()), x.new_empty(0, first.shape[0])
     hidden = torch.addmm(first_bias, x, first.t())
     made = torch.addmm(last_bias, _gelu(hidden), last.t())
     return made, x.new_empty(0, first.shape[0]) if again else hidden

@@ -68,37 +68,18 @@ class ContextScores(Settings):
             )
 
 
-def packed_layout(plan: StreamPlan, num_frames: int, num_targets: int) -> MaskLayout:
-    """Layout of `[context of num_frames | the last num_targets noised]`: that of teacher forcing without the noisy
-    entries, and their keys, of frames that are not asked about.
+def score_in(context: Tensor, levels: Tensor, layout: MaskLayout, targets: int) -> Score:
+    """The score of the last `targets` frames of a clip after `context` [B, F, C, H, W] at `levels` [B, F], whose first
+    frames, all but the last block, are in `layout`; zero elsewhere.
     """
     import torch
 
-    from longtake.condition import MaskLayout
-
-    whole = plan.teacher_forcing_layout(num_frames)
-    entries = torch.arange(whole.num_entries)
-    stays = (entries < num_frames) | (entries >= 2 * num_frames - num_targets)
-    renumbered = stays.long().cumsum(0) - 1
-    keys = stays[whole.key_entry]
-    return MaskLayout(
-        whole.frame_index[stays],
-        renumbered[whole.key_entry[keys]],
-        whole.key_position[keys],
-        whole.allowed[stays][:, keys],
-    )
-
-
-def score_in(context: Tensor, levels: Tensor, layout: MaskLayout) -> Score:
-    """The score of the last frames of a clip after `context` [B, F, C, H, W] at `levels` [B, F]; zero elsewhere."""
-    import torch
-
-    frames = context.shape[1]
-    targets = layout.num_entries - frames
+    frames, seen = context.shape[1], layout.num_entries - targets
 
     def score(network: VideoDiT, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        both = torch.cat([context, noisy[:, -targets:]], 1)
-        velocity = network(both, torch.cat([levels, sigma[:, -targets:]], 1), condition, layout)[:, frames:]
+        both = torch.cat([context[:, :seen], noisy[:, -targets:]], 1)
+        told = torch.cat([levels[:, :seen], sigma[:, -targets:]], 1)
+        velocity = network(both, told, condition, layout)[:, seen:]
         return torch.cat([torch.zeros_like(velocity[:, :1]).expand(-1, frames - targets, -1, -1, -1), velocity], 1)
 
     return score

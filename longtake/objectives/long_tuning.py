@@ -234,17 +234,16 @@ class LongTuning(Dmd):
         if any(levels):
             noise = self.draws.noise(step, f"{turn}_context", batch.indices, context.shape[1:], context.device)
             context = add_noise(context, noise, sigma)
-        return score_in(context, sigma, self._layout(step))
+        start, end = self._generated(step)
+        return score_in(context, sigma, self._layout(step), end - start)
 
     def _layout(self, step: int) -> MaskLayout:
         """Who sees whom where the window of an iteration is scored in context."""
-        from longtake.objectives.in_context import packed_layout
-
         (start, end), sink = self._generated(step), self.plan.sink_frames
         since = start - self.context_scores.history_frames
         before = sum(stop - begin for begin, stop in self.plan.blocks(0, start) if begin < sink or begin >= since)
         if (key := (before, end - start)) not in self._layouts:
-            self._layouts[key] = packed_layout(self.plan, sum(key), end - start)
+            self._layouts[key] = self.plan.replay_layout(0, before, sum(key))
         return self._layouts[key]
 
     def _score_call(self, step: int, clip: Call) -> Call:

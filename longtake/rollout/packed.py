@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.condition import Condition, MaskLayout
@@ -59,7 +60,8 @@ class PackedClip:
         sigma: Tensor,
         switch: int | None = None,
     ) -> Tensor:
-        """What the network predicts of `noisy` [B, F, C, H, W] at `sigma` [B, F], each block after its `context`.
+        """What the network predicts of `noisy` [B, F, C, H, W] at `sigma` [B, F], each block after its `context`; zeros
+        of given frames.
 
         Args: `switch`, the block boundary from which the condition's later text holds; None: it does nowhere.
         """
@@ -69,7 +71,8 @@ class PackedClip:
             condition = replace(condition, later_text=None)
         source, entries = (to_device(numbers, device) for numbers in (packed.source, packed.noisy))
         made = model(both.index_select(1, source), levels.index_select(1, source), condition, packed.layout)
-        return made.index_select(1, entries)
+        made = made.index_select(1, entries)
+        return F.pad(made, (0,) * 6 + (noisy.shape[1] - made.shape[1], 0))
 
     def guided(
         self,

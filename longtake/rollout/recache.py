@@ -106,8 +106,8 @@ def _rebuild(plan: StreamPlan, position: int, in_sink: int, starts: Sequence[int
 
 @dataclass(frozen=True, eq=False)
 class Forced:
-    """A teacher-forcing forward over entries of `[clean F | noisy F]`: `layout`; `source` [E], which of these frames
-    each entry is; `noisy` [F], the entries of the noisy ones.
+    """A teacher-forcing forward over those of `[clean F | noisy F]` that it takes: `layout`; `source` [E], which of these
+    frames each entry is; `noisy` [F - G], the entries of the noisy ones after the G given frames.
     """
 
     layout: MaskLayout
@@ -116,16 +116,19 @@ class Forced:
 
 
 def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forced:
-    """Each block as a stream denoises it after the clean ones, in one masked forward.
+    """Each block as a stream denoises it after the clean ones, in one masked forward. The last block is not there clean,
+    since nobody would see it, nor the given frames noisy, which nobody predicts.
 
     With `switch`, a block boundary, the condition's `later_text` holds from there on. The clean blocks before it are
     then there twice, as far as they are needed: as the stream stored them, for the blocks before the switch, and as its
     rebuild stores them anew from what it keeps, for those after it (`recache`, which this mirrors; with "none" once).
     Raises: ConfigError when a frame is no boundary of the plan.
     """
+    plan.check(num_frames)
     if switch is None:
-        both = torch.arange(2 * num_frames)
-        return Forced(plan.teacher_forcing_layout(num_frames), both, both[num_frames:])
+        given, last = plan.given_frames, plan.block_of(num_frames - 1)[0]
+        layout, both = plan.replay_layout(0, given, num_frames), torch.arange(2 * num_frames)
+        return Forced(layout, both[both.lt(last) | both.ge(num_frames + given)], torch.arange(last, layout.num_entries))
     source: list[int] = []
     calls: list[Call] = []
     noisy: dict[int, int] = {}  # entries by frame
@@ -140,7 +143,8 @@ def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forc
 
     def go(start: int, end: int, unstored: int) -> None:
         for block in plan.blocks(start, end):
-            noisy.update(call(*block, half=1))
+            if block[0] >= plan.given_frames:
+                noisy.update(call(*block, half=1))
             if block[0] < unstored:
                 held.update(call(*block, half=0))
 
@@ -160,7 +164,7 @@ def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forc
     stored = tuple(frame < num_frames for frame in source)
     frames = [frame % num_frames for frame in source]
     layout = packed_layout(frames, calls, plan.rope, later_from=later_from, stored=stored)
-    return Forced(layout, torch.tensor(source), torch.tensor([noisy[frame] for frame in range(num_frames)]))
+    return Forced(layout, torch.tensor(source), torch.tensor([noisy[frame] for frame in sorted(noisy)]))
 
 
 def _context(blocks: Sequence[tuple[int, Tensor]], plan: StreamPlan, noise: RollOutNoise | None) -> Tensor:

@@ -11,7 +11,7 @@ from tiny_batches import RULES, make_batch, record
 from tiny_models import HEIGHT, WIDTH, make_tiny_model
 
 from longtake.objectives.anchor import Anchor, Statistics, anchor_loss
-from longtake.objectives.in_context import ContextScores, packed_layout, score_in
+from longtake.objectives.in_context import ContextScores, score_in
 from longtake.rng import KeyedRNG
 
 HISTORY = 4  # as the window keeps beside the sink
@@ -27,7 +27,7 @@ def test_the_packed_pass_is_teacher_forcing_of_the_last_frames(rope, targets):
     batch = make_batch(model, [4, 9], frames)
     noisy, levels = torch.randn_like(batch.latents), torch.full((2, frames), 0.3)
     level = torch.full((2, frames), 0.7)
-    layout = packed_layout(plan, frames, targets)
+    layout = plan.replay_layout(0, frames - targets, frames)
     with torch.no_grad():
         whole = model(
             torch.cat([batch.latents, noisy], 1),
@@ -35,8 +35,8 @@ def test_the_packed_pass_is_teacher_forcing_of_the_last_frames(rope, targets):
             batch.condition,
             plan.teacher_forcing_layout(frames),
         )[:, -targets:]
-        mine = score_in(batch.latents, levels, layout)(model, noisy, level, batch.condition)
-    assert layout.num_entries == frames + targets and mine.shape == noisy.shape
+        mine = score_in(batch.latents, levels, layout, targets)(model, noisy, level, batch.condition)
+    assert layout.num_entries == frames - 2 + targets and mine.shape == noisy.shape
     torch.testing.assert_close(mine[:, -targets:], whole, rtol=1e-5, atol=1e-5)
     assert (mine[:, :-targets] == 0).all()
 
@@ -83,13 +83,13 @@ def test_loss_is_that_of_the_new_frames_after_the_noised_past(step, monkeypatch)
     )
     result = long.loss("generator", batch, step)
     x, new = windows[0].latents, NEW if step else HORIZON - 1
-    frames, shape = x.shape[1], x.shape[1:]
+    frames, shape = x.shape[1] - RULES.block_frames, x.shape[1:]  # nobody would see the last block clean
     draws = KeyedRNG(3)
     context, noise = (draws.noise(step, f"generator_{name}", indices, shape) for name in ("context", "noise"))
     for call in (critic[0], *teacher):
         assert call["x"].shape[1] == frames + new
         assert torch.equal(call["x"][:, 0], batch.first_latent[:, 0]) and (call["sigma"][:, 0] == 0).all()
-        torch.testing.assert_close(call["x"][:, 1:frames], (0.75 * x + 0.25 * context)[:, 1:].detach())
+        torch.testing.assert_close(call["x"][:, 1:frames], (0.75 * x + 0.25 * context)[:, 1:frames].detach())
         assert (call["sigma"][:, 1:frames] == 0.25).all()
         level = call["sigma"][:, frames:]
         assert (level == level[:, :1]).all()
@@ -127,12 +127,12 @@ def test_the_past_is_seen():
     """Another past of the same window is another score: what a network that sees the window alone cannot tell."""
     model = make_tiny_model(i2v=True)
     batch = make_batch(model, [4], 9)
-    layout, levels = packed_layout(RULES, 9, NEW), torch.zeros(1, 9)
+    layout, levels = RULES.replay_layout(0, 9 - NEW, 9), torch.zeros(1, 9)
     other = batch.latents.clone()
     other[:, 3:5] += 1
     asked = model, torch.randn(1, 9, model.config.out_channels, HEIGHT, WIDTH), torch.full((1, 9), 0.5), batch.condition
     with torch.no_grad():
-        one, two = (score_in(context, levels, layout)(*asked) for context in (batch.latents, other))
+        one, two = (score_in(context, levels, layout, NEW)(*asked) for context in (batch.latents, other))
     assert (one - two)[:, -NEW:].abs().max() > 1e-3
 
 

@@ -29,19 +29,19 @@ def one_call(model, monkeypatch, *, rules=RULES, indices=(4, 9), frames=7, step=
     return batch, call, result
 
 
-def test_the_given_picture_is_clean_in_both_halves_and_outside_the_loss(monkeypatch):
+def test_the_given_picture_is_context_alone_and_the_last_block_none(monkeypatch):
+    """Nobody would see the last block clean, and nobody is asked about the picture: 5 + 6 entries of 7 frames."""
     model = make_tiny_model(i2v=True)
     batch, call, result = one_call(model, monkeypatch)
     clean = batch.latents
     x, sigma = call["x"], call["sigma"]
-    assert x.shape[1] == 14 and torch.equal(x[:, :7], clean) and (sigma[:, :7] == 0).all()
-    assert torch.equal(x[:, 7], clean[:, 0]) and (sigma[:, 7] == 0).all()
+    assert x.shape[1] == 11 and torch.equal(x[:, :5], clean[:, :5]) and (sigma[:, :5] == 0).all()
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, clean.shape[1:])
-    assert torch.equal(x[:, 7:], add_noise(clean, noise, sigma[:, 7:]))
-    error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
+    assert torch.equal(x[:, 5:], add_noise(clean[:, 1:], noise[:, 1:], sigma[:, 5:]))
+    error = (call["out"][:, 5:] - (noise - clean)[:, 1:]).square().mean()
     torch.testing.assert_close(result.loss, error)
     (grad,) = torch.autograd.grad(result.loss, call["out"])
-    assert (grad[:, :8] == 0).all() and (grad[:, 8:] != 0).any()
+    assert (grad[:, :5] == 0).all() and (grad[:, 5:] != 0).any()
 
 
 @pytest.mark.parametrize("recycled", [False, True])
@@ -52,7 +52,7 @@ def test_the_context_has_the_level_that_the_student_stores(recycled, monkeypatch
     causal = objective(model, rules, recycling=OWN if recycled else None)
     causal.loss("generator", batch, 5)
     call, own = calls[-1], calls[:-1]
-    assert call["sigma"][:, :7].tolist() == [pytest.approx([0.0] * 3 + [0.6] * 4)] * 2
+    assert call["sigma"][:, :5].tolist() == [pytest.approx([0.0] * 3 + [0.6] * 2)] * 2
     draws = KeyedRNG(3)
     fresh = draws.noise(5, "context_noise", batch.indices, batch.latents.shape[1:])
     clean = batch.latents
@@ -61,9 +61,9 @@ def test_the_context_has_the_level_that_the_student_stores(recycled, monkeypatch
         with torch.no_grad():
             clean = causal._history(clean, batch.condition, batch, 5)
         assert not torch.equal(clean[:, 1:5], batch.latents[:, 1:5])
-    assert torch.equal(call["x"][:, :7], add_noise(clean, fresh, call["sigma"][:, :7]))
+    assert torch.equal(call["x"][:, :5], add_noise(clean[:, :5], fresh[:, :5], call["sigma"][:, :5]))
     noise = draws.noise(5, "noise", batch.indices, clean.shape[1:])
-    assert torch.equal(call["x"][:, 7:], add_noise(batch.latents, noise, call["sigma"][:, 7:]))
+    assert torch.equal(call["x"][:, 5:], add_noise(batch.latents[:, 1:], noise[:, 1:], call["sigma"][:, 5:]))
 
 
 def test_text_to_video_scores_every_frame(monkeypatch):
@@ -71,16 +71,16 @@ def test_text_to_video_scores_every_frame(monkeypatch):
     rules = tiny_plan(2, 2, 4, 2, sigmas=RULES.sigmas)
     batch, call, result = one_call(model, monkeypatch, rules=rules, frames=6)
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
-    assert (call["sigma"][:, 6:] > 0).all()
-    torch.testing.assert_close(result.loss, (call["out"][:, 6:] - (noise - batch.latents)).square().mean())
+    assert call["x"].shape[1] == 4 + 6 and (call["sigma"][:, 4:] > 0).all()
+    torch.testing.assert_close(result.loss, (call["out"][:, 4:] - (noise - batch.latents)).square().mean())
 
 
 def test_one_level_a_block_drawn_for_each_sample(monkeypatch):
     model = make_tiny_model(i2v=True)
     _, call, _ = one_call(model, monkeypatch)
-    noisy = call["sigma"][:, 7:]
-    assert noisy[0].unique().numel() == 4 and noisy.unique().numel() == 7
-    for start in (1, 3, 5):
+    noisy = call["sigma"][:, 5:]
+    assert noisy[0].unique().numel() == 3 and noisy.unique().numel() == 6
+    for start in (0, 2, 4):
         assert torch.equal(noisy[:, start], noisy[:, start + 1])
 
 
@@ -97,14 +97,16 @@ def test_each_block_is_what_a_cached_forward_after_clean_blocks_gives(i2v, rope,
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, batch.latents.shape[1:])
     cache = model.new_cache(tiny_plan(2, 1, window, rules.sink_frames, rope), 2, (4, 6), max_frames=frames)
     errors = []
+    given, last = int(i2v), rules.block_of(frames - 1)[0]
     for start, end in rules.blocks(0, frames):
-        at = slice(frames + start, frames + end)
-        with torch.no_grad():
-            out = Denoiser(model)(call["x"][:, at], call["sigma"][:, at], batch.condition, cache)
-        torch.testing.assert_close(out, call["out"][:, at].detach(), rtol=0, atol=2e-5)
-        errors.append((out - (noise - batch.latents)[:, start:end]).square().mean((2, 3, 4)))
+        at = slice(last + start - given, last + end - given)
+        if start >= given:
+            with torch.no_grad():
+                out = Denoiser(model)(call["x"][:, at], call["sigma"][:, at], batch.condition, cache)
+            torch.testing.assert_close(out, call["out"][:, at].detach(), rtol=0, atol=2e-5)
+            errors.append((out - (noise - batch.latents)[:, start:end]).square().mean((2, 3, 4)))
         commit_block(Denoiser(model), cache, batch.condition, batch.latents[:, start:end])
-    expected = torch.cat(errors, 1)[:, 1 if i2v else 0 :].mean()
+    expected = torch.cat(errors, 1).mean()
     torch.testing.assert_close(result.loss.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -144,13 +146,13 @@ def test_error_recycling_is_the_context_and_the_real_video_the_target(monkeypatc
     calls = record(model, monkeypatch)
     result = own.loss("generator", batch, 5)
     call, clean = calls[-1], batch.latents
-    assert len(calls) > 1 and call["x"].shape[1] == 14
-    context, noisy = call["x"][:, :7], call["x"][:, 7:]
-    assert torch.equal(context[:, 0], clean[:, 0]) and torch.equal(context[:, 5:], clean[:, 5:])  # picture, last block
-    assert ((context - clean)[:, 1:5].abs().amax((2, 3, 4)) > 1e-3).all() and not context.requires_grad
+    assert len(calls) > 1 and call["x"].shape[1] == 11
+    context, noisy = call["x"][:, :5], call["x"][:, 5:]
+    assert torch.equal(context[:, 0], clean[:, 0])  # the picture
+    assert ((context - clean[:, :5])[:, 1:].abs().amax((2, 3, 4)) > 1e-3).all() and not context.requires_grad
     noise = KeyedRNG(3).noise(5, "noise", batch.indices, clean.shape[1:])
-    assert torch.equal(noisy, add_noise(clean, noise, call["sigma"][:, 7:]))
-    error = (call["out"][:, 8:] - (noise - clean)[:, 1:]).square().mean()
+    assert torch.equal(noisy, add_noise(clean[:, 1:], noise[:, 1:], call["sigma"][:, 5:]))
+    error = (call["out"][:, 5:] - (noise - clean)[:, 1:]).square().mean()
     torch.testing.assert_close(result.loss, error)
 
 
@@ -258,7 +260,7 @@ def test_rows_that_change_at_other_frames_are_learnt_as_each_alone(monkeypatch):
     calls = record(model, monkeypatch)
     whole = causal.loss("generator", batch, 2).loss
     assert [len(call["x"]) for call in calls] == [2, 2]
-    assert [call["mask"].later_from for call in calls] == [4, None]
+    assert [call["mask"].later_from for call in calls] == [3, None]
     assert calls[0]["condition"].later_text.shape[0] == 2 and calls[1]["condition"].later_text is None
     alone = [causal.loss("generator", switched(model, [at], [k]), 2).loss for at, k in ((3, 3), (None, 4), (3, 5))]
     alone.append(causal.loss("generator", make_batch(model, [6]), 2).loss)

@@ -12,6 +12,7 @@ from longtake.errors import ConfigError, ShapeError
 from longtake.flow.path import add_noise
 from longtake.rollout import stream as streaming
 from longtake.rollout.denoise import DenoisedBlock, Denoiser
+from longtake.rollout.packed import PackedClip
 from longtake.rollout.recache import forced
 from longtake.rollout.stream import stream_switched
 
@@ -82,8 +83,26 @@ def test_one_packed_forward_is_the_stream_with_its_rebuild_in_float64(law, windo
     for switch in (1, 7, 11):
         with monkeypatch.context() as patch:
             wanted = streamed(plan, switch, *parts, patch)
-        mine = packed(plan, switch, *parts)[:, 1:]
+        mine = packed(plan, switch, *parts)
         assert (mine - wanted).abs().max() < 1e-10, switch
+
+
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+@pytest.mark.parametrize("given", [0, 1])
+def test_without_a_change_it_is_teacher_forcing_of_all_frames(given, rope, monkeypatch):
+    """What is left out changes nothing, neither what is predicted nor any gradient; nothing is predicted of a picture."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    plan = tiny_plan(2, 1, 5, 1, rope, sigmas=SIGMAS, given_frames=given)
+    model, condition, _, clean, context, levels, noisy, sigma = problem(plan)
+    both, both_levels = torch.cat([context, noisy], 1), torch.cat([levels, sigma], 1)
+    whole = model(both, both_levels, condition, plan.teacher_forcing_layout(FRAMES))[:, FRAMES + given :]
+    mine = PackedClip(plan).velocity(model, condition, (context, levels), noisy, sigma)
+    assert mine.shape == noisy.shape and (mine[:, :given] == 0).all()
+    assert (mine[:, given:] - whole).abs().max() < 1e-10
+    weights = list(model.parameters())
+    wanted, found = (torch.autograd.grad(made.square().sum(), weights, allow_unused=True) for made in (whole, mine))
+    for one, other in zip(wanted, found, strict=True):
+        assert (one is None) == (other is None) and (one is None or (one - other).abs().max() < 1e-8)
 
 
 @pytest.mark.parametrize("rules", [{"context": "last_step"}, {"context_sigma": 0.25}])
@@ -92,7 +111,7 @@ def test_the_rebuilt_context_has_the_level_of_the_plan(rules, monkeypatch):
     plan = tiny_plan(2, 1, 5, 1, sigmas=SIGMAS, given_frames=1, **rules)
     parts = problem(plan)
     wanted = streamed(plan, 7, *parts, monkeypatch)
-    assert parts[5].any() and (packed(plan, 7, *parts)[:, 1:] - wanted).abs().max() < 1e-10
+    assert parts[5].any() and (packed(plan, 7, *parts) - wanted).abs().max() < 1e-10
 
 
 def test_both_captions_and_the_rebuild_matter(monkeypatch):
@@ -102,20 +121,26 @@ def test_both_captions_and_the_rebuild_matter(monkeypatch):
     model, condition, later, *rest = problem(plan)
     made = packed(plan, 7, model, condition, later, *rest)
     other = packed(plan, 7, model, condition, later.flip(-1), *rest)
-    assert torch.equal(made[:, :7], other[:, :7]) and ((made - other)[:, 7:].abs().amax((0, 2, 3, 4)) > 1e-3).all()
+    assert torch.equal(made[:, :6], other[:, :6]) and ((made - other)[:, 6:].abs().amax((0, 2, 3, 4)) > 1e-3).all()
     first = packed(plan, 7, model, condition.with_text(condition.text.flip(-1)), later, *rest)
-    assert torch.equal(made[:, 7:], first[:, 7:]) and ((made - first)[:, :7].abs().amax((0, 2, 3, 4)) > 1e-3).all()
+    assert torch.equal(made[:, 6:], first[:, 6:]) and ((made - first)[:, :6].abs().amax((0, 2, 3, 4)) > 1e-3).all()
     stale = packed(plan.but(recache="none"), 7, model, condition, later, *rest)
-    assert torch.equal(made[:, :7], stale[:, :7]) and (made - stale)[:, 7:9].abs().max() > 1e-3
+    assert (made - stale)[:, :6].abs().max() < 1e-12 and (made - stale)[:, 6:8].abs().max() > 1e-3
 
 
 def test_what_nobody_needs_is_not_computed():
-    """Of the clean blocks before a switch those that the rebuild keeps come twice, and the last block never."""
+    """Of the clean blocks before a switch those that the rebuild keeps come twice, and the last block never; nor is the
+    given picture asked about.
+    """
     plan = tiny_plan(2, 1, 5, 1, sigmas=SIGMAS, given_frames=1)
+    once = forced(plan, FRAMES)
+    assert once.source.tolist() == [*range(FRAMES - 2), *range(FRAMES + 1, 2 * FRAMES)]
+    assert once.layout.num_entries == len(once.source) and once.source[once.noisy].tolist() == [*range(14, 26)]
+    assert forced(plan.with_given(0), 1).source.tolist() == [1]  # one block, which sees itself
     source = forced(plan, FRAMES, 7).source.tolist()
     clean = [frame for frame in source if frame < FRAMES]
     assert clean == [0, 1, 2, 3, 4, 0, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert sorted(set(source) - set(clean)) == list(range(FRAMES, 2 * FRAMES))
+    assert sorted(set(source) - set(clean)) == list(range(FRAMES + 1, 2 * FRAMES))
     with pytest.raises(ConfigError, match="no block boundary"):
         forced(plan, FRAMES, 6)
 

@@ -202,7 +202,8 @@ def test_teacher_forcing_beside_it_learns_after_the_writers_context(switch, law,
                 condition = condition.with_text(later)
                 if law == "rebuild":
                     recache(both, cache, condition, kept)
-            wanted = both(noisy[:, start:end], sigma[:, 0], condition, cache)
-            assert relative_error(made[:, start:end], wanted) < 1e-10
+            if start >= plan.given_frames:
+                wanted = both(noisy[:, start:end], sigma[:, 0], condition, cache)
+                assert relative_error(made[:, start:end], wanted) < 1e-10
             both(clean[:, start:end], torch.zeros(1), condition, cache, commit=True)
             kept.append(clean[:, start:end])
