@@ -106,8 +106,8 @@ def _rebuild(plan: StreamPlan, position: int, in_sink: int, starts: Sequence[int
 
 @dataclass(frozen=True, eq=False)
 class Forced:
-    """A teacher-forcing forward over those of `[clean F | noisy F]` that it takes: `layout`; `source` [E], which of these
-    frames each entry is; `noisy` [F - G], the entries of the noisy ones after the G given frames.
+    """A teacher-forcing forward over some of `[clean F | noisy F]`: `layout`; `source` [E], which of these frames each
+    entry is; `noisy` [F - G], the entries of the noisy ones after the G given frames.
     """
 
     layout: MaskLayout
@@ -117,7 +117,7 @@ class Forced:
 
 def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forced:
     """Each block as a stream denoises it after the clean ones, in one masked forward. The last block is not there clean,
-    since nobody would see it, nor the given frames noisy, which nobody predicts.
+    which nobody would see, nor are given frames noisy, which nobody predicts.
 
     With `switch`, a block boundary, the condition's `later_text` holds from there on. The clean blocks before it are
     then there twice, as far as they are needed: as the stream stored them, for the blocks before the switch, and as its
