@@ -116,8 +116,8 @@ class Forced:
 
 
 def forced(plan: StreamPlan, num_frames: int, switch: int | None = None) -> Forced:
-    """Each block as a stream denoises it after the clean ones, in one masked forward. The last block is not there clean,
-    which nobody would see, nor are given frames noisy, which nobody predicts.
+    """Each block as a stream denoises it after the clean ones, in one masked forward. The last block is not there
+    clean, which nobody would see, nor are given frames noisy, which nobody predicts.
 
     With `switch`, a block boundary, the condition's `later_text` holds from there on. The clean blocks before it are
     then there twice, as far as they are needed: as the stream stored them, for the blocks before the switch, and as its
