@@ -45,7 +45,7 @@ def test_the_recipes_that_are_promised():
             [
                 *("i2v_1_3b/teacher_forcing.yaml", "i2v_1_3b/distill.yaml", "i2v_1_3b/distill_window12.yaml"),
                 *("i2v_1_3b/i2v.yaml", "i2v_14b/distill_1_3b.yaml", "i2v_14b/teacher_forcing.yaml"),
-                "i2v_1_3b/ode_regression.yaml",
+                *("i2v_1_3b/ode_regression.yaml", "i2v_1_3b/long.yaml"),
                 *(
                     f"i2v_1_3b/{stage}_{card}.yaml"
                     for stage in ("teacher_forcing", "distill")
@@ -164,6 +164,10 @@ def test_i2v_1_3b_runs_from_encoded_sets_and_is_resumed(place, monkeypatch):
     )
     folder = train("i2v_1_3b/distill", "video.num_latent_frames=21", steps=2)
     assert "critic_loss" in read_rows(folder / "metrics.jsonl")[1]
+    small = (*SMALL, "video.num_latent_frames=13", "objective.num_chunks=[2]", "objective.critic.critic_warmup_steps=0")
+    invoke("train", "configs/wan/i2v_1_3b/long.yaml", *small, "max_steps=2")
+    losses = [row for row in read_rows(Path(out, "long", "metrics.jsonl")) if "critic_loss" in row]
+    assert len(losses) == 2 and losses[0]["anchor_loss"] > 0
     done = invoke(
         "generate",
         "--run",
