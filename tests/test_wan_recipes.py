@@ -164,6 +164,7 @@ def test_i2v_1_3b_runs_from_encoded_sets_and_is_resumed(place, monkeypatch):
     )
     folder = train("i2v_1_3b/distill", "video.num_latent_frames=21", steps=2)
     assert "critic_loss" in read_rows(folder / "metrics.jsonl")[1]
+    assert encode("i2v_1_3b/long", "world/clips", f"{out}/encoded/long") == ["clip", "y", "latents"]
     small = (*SMALL, "video.num_latent_frames=13", "objective.num_chunks=[2]", "objective.critic.critic_warmup_steps=0")
     invoke("train", "configs/wan/i2v_1_3b/long.yaml", *small, "max_steps=2")
     losses = [row for row in read_rows(Path(out, "long", "metrics.jsonl")) if "critic_loss" in row]
