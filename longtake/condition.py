@@ -1,6 +1,6 @@
 """Sizes, masks and conditions: every size is derived here, once (block boundaries: `plan.py`).
 
-Axes, the one legend: `B` batch, `F` latent frames, `E` entries of a forward (F, or 2F in teacher forcing), `T` pixel
+Axes, the one legend: `B` batch, `F` latent frames, `E` entries of a forward (F, up to 2F in teacher forcing), `T` pixel
 frames, `C` channels, `H W` latent height and width, `h w` pixel height and width, `L` tokens, `M` text tokens,
 `D` model width, `N` heads, `K` head width. Latents are `[B, F, C, H, W]`; videos are uint8 `[T, h, w, 3]` for people
 and float `[B, T, 3, h, w]` in [-1, 1] for encoders. Noise level `sigma` is in [0, 1], 1 = pure noise.

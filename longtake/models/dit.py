@@ -278,7 +278,7 @@ class VideoDiT(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition, context: Context = None) -> Tensor:
         """Velocity (noise - clean) of noisy latents, float32 [B, E, C_out, H, W].
 
-        Args: `x` [B, E, C, H, W] latents (E = F frames; 2F entries with a teacher-forcing mask); `sigma` [B] or [B, E]
+        Args: `x` [B, E, C, H, W] latents (E = F frames; up to 2F with a teacher-forcing mask); `sigma` [B] or [B, E]
         noise level in [0, 1]. `context` says who sees whom: None, every frame sees every frame; a mask of a
         `StreamPlan`, prepared or not, which may reach into a cache; or a view of a cache (`KVCache.view`): the frames
         are the block where the cache stands and see its past and themselves. `rollout/denoise.py` makes such calls, and
