@@ -125,7 +125,8 @@ class Bench:
         that learn from clips of another one are left out: beside the generator's update the critic does the same.
         """
         if self.in_order:
-            return list(range(WARM_UP + count))
+            begin = self._beginning()
+            return list(range(begin, begin + WARM_UP + count))
         first: dict[Kind, int] = {}
         for step in range(_LOOK_AHEAD):
             if self.rolls_out(step):
@@ -137,6 +138,13 @@ class Bench:
         order = sorted(first, key=lambda kind: (inwards[kind.exit_step or 0], not kind.generator))
         warm_up = [first[order[index % len(order)]] for index in range(min(2, len(order)))] * WARM_UP
         return [*warm_up[:WARM_UP], *(first[order[index % len(order)]] for index in range(count))]
+
+    def _beginning(self) -> int:
+        """The first iteration at which long videos begin and the generator is trained during the warm-up: before, the
+        critic has its head start. 0 where there is none.
+        """
+        begins = (step for step in range(_LOOK_AHEAD) if self.inner.chunk(step) == 0)
+        return next((b for b in begins if any(self.kind(step).generator for step in range(b, b + WARM_UP))), 0)
 
     def validation(self) -> ValidationBench:
         """A validation of the stage."""
