@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", help="one a folder, of any sum; all equal by default")
     args = parser.parse_args()
     shares = torch.tensor(args.shares or [1.0] * len(args.folders))
-    if len(shares) != len(args.folders):
-        parser.error(f"--shares has {len(shares)} numbers for {len(args.folders)} folders; give one each")
+    if len(shares) != len(args.folders) or not (shares > 0).all():
+        parser.error(f"--shares {args.shares} must be one number above 0 for each of the {len(args.folders)} folders")
     shares /= shares.sum()
     models = [load_dit(folder, "cpu") for folder in args.folders]
     states = [model.state_dict() for model in models]
